@@ -1,0 +1,33 @@
+# One environment in .venv; every target makes it first if it is missing or stale.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test lint types bench clean
+
+$(VENV)/made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[examples]" --group dev
+	touch $@
+
+demo: $(VENV)/made  ## train on digits with SGD, SAM and SSAM; print a table, draw pictures
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/made  ## the whole suite, doctests and README included
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: $(VENV)/made
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/made
+	$(BIN)/mypy
+
+bench: $(VENV)/made
+	$(BIN)/python benchmarks/selection.py
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,26 @@
+"""Sparse sharpness-aware minimization for JAX, as composable optax transformations."""
+
+from ssam_jax.alternating import AlternatingState as AlternatingState
+from ssam_jax.alternating import alternating as alternating
+from ssam_jax.masks.dynamic import DynamicState as DynamicState
+from ssam_jax.masks.dynamic import dynamic_mask as dynamic_mask
+from ssam_jax.masks.fisher import FisherState as FisherState
+from ssam_jax.masks.fisher import empirical_fisher as empirical_fisher
+from ssam_jax.masks.fisher import fisher_mask as fisher_mask
+from ssam_jax.masks.patterns import NM as NM
+from ssam_jax.masks.patterns import Pattern as Pattern
+from ssam_jax.masks.patterns import Structured as Structured
+from ssam_jax.masks.patterns import Unstructured as Unstructured
+from ssam_jax.masks.rules import MaskRule as MaskRule
+from ssam_jax.masks.rules import MaskState as MaskState
+from ssam_jax.masks.rules import fixed_mask as fixed_mask
+from ssam_jax.masks.rules import random_mask as random_mask
+from ssam_jax.state import MaskStats as MaskStats
+from ssam_jax.state import SsamState as SsamState
+from ssam_jax.state import active_leaves as active_leaves
+from ssam_jax.state import get_mask as get_mask
+from ssam_jax.state import mask_stats as mask_stats
+from ssam_jax.state import set_mask as set_mask
+from ssam_jax.transform import ssam as ssam
+
+__version__ = "0.1.0"

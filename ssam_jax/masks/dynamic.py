@@ -1,0 +1,199 @@
+"""Masks from dynamic sparse training (SSAM-D): drop the flattest, grow others."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ssam_jax.masks import selection
+from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern
+from ssam_jax.masks.rules import (
+    MaskRule,
+    as_key,
+    check_pattern,
+    check_refresh_every,
+    first_mask,
+    key_data,
+    renewed,
+)
+from ssam_jax.typing import Gradients, Mask, Params, Schedule
+
+Criterion = Literal["gradient", "weight", "random"]
+
+
+class DynamicState(NamedTuple):
+    """State of `dynamic_mask`.
+
+    Attributes:
+      mask: bool pytree, True where the parameter is perturbed.
+      churn: float32 scalar, the share of the perturbed entries that the last renewal brought in.
+      key: uint32 key data, folded with the step where randomness is needed.
+    """
+
+    mask: Mask
+    churn: jax.Array
+    key: jax.Array
+
+
+def dynamic_mask(
+    pattern: Pattern,
+    *,
+    refresh_every: int,
+    drop_fraction: float | Schedule = 0.5,
+    total_steps: int | None = None,
+    drop: Criterion = "gradient",
+    grow: Criterion = "random",
+    seed: int | jax.Array = 0,
+) -> MaskRule:
+    r"""Perturb a part of the parameters that is traded piece by piece (SSAM-D).
+
+    At a refresh at step t (counted from 0), ``round(f(t) * active)`` of the perturbed entries are
+    dropped, those with the smallest score, and as many are grown among those that were not perturbed
+    before the drop. Density never changes. By default
+
+    .. math:: f(t) = \frac{f_0}{2} \left(1 + \cos(\pi t / T_{end})\right)
+
+    and 0 after T_end (arXiv 2306.17504, section 4.3). If fewer entries are idle than would be
+    dropped, only so many are. Among equal scores the entry of lower index is kept, or grown.
+
+    Args:
+      pattern: `Unstructured`, traded over the whole tree or within each leaf by its scope; or
+        `Structured` by channel or block, whose units are traded within each leaf.
+      refresh_every: trade at the end of every so many steps.
+      drop_fraction: f_0, 0 to 1, or an optax schedule for f itself, with values from 0 to 1.
+      total_steps: T_end, from which on nothing is traded. A schedule may do without.
+      drop: the score by which to drop: ``"gradient"``, the magnitude of the descent gradient, the
+        only one that is exact and whole in every form (the paper's choice: the flattest go);
+        ``"weight"``, that of the parameter; or ``"random"``. A unit's score is the mean over it.
+      grow: the score by which to grow, the largest first; the same choices.
+      seed: seed of the first mask and of everything drawn later.
+
+    Returns:
+      A `MaskRule` with a `DynamicState`.
+
+    Raises:
+      TypeError: an argument is of the wrong kind.
+      ValueError: an argument is out of range, or the pattern cannot be traded at constant density.
+    """
+    _check_tradable(pattern)
+    check_refresh_every(refresh_every)
+    if refresh_every is None:
+        raise ValueError("refresh_every must be an int: without refresh, use random_mask(pattern).")
+    for name, value in (("drop", drop), ("grow", grow)):
+        if value not in ("gradient", "weight", "random"):
+            raise ValueError(f"{name} must be 'gradient', 'weight' or 'random', got {value!r}.")
+    fraction = _drop_schedule(drop_fraction, total_steps)
+    key = key_data(seed)
+
+    def init(params: Params) -> DynamicState:
+        return DynamicState(first_mask(pattern, key, params), jnp.float32(0), key)
+
+    def update(
+        state: DynamicState,
+        params: Params,
+        ascent_grads: Any,
+        descent_grads: Gradients,
+        step: jax.Array,
+        **extra: Any,
+    ) -> DynamicState:
+        del ascent_grads, extra
+
+        def renew() -> Mask:
+            drop_key, grow_key = jax.random.split(jax.random.fold_in(as_key(state.key), step + 1))
+            to_keep = _unit_keys(pattern, drop, drop_key, params, descent_grads)
+            to_grow = _unit_keys(pattern, grow, grow_key, params, descent_grads)
+            return _trade(pattern, state.mask, params, to_keep, to_grow, fraction(step))
+
+        mask, churn = renewed(state, renew, step, refresh_every)
+        return state._replace(mask=mask, churn=churn)
+
+    return MaskRule(init, update)
+
+
+def _trade(
+    pattern: UnitPattern,
+    mask: Mask,
+    params: Params,
+    to_keep: list[jax.Array],
+    to_grow: list[jax.Array],
+    fraction: jax.Array,
+) -> Mask:
+    """Drop and grow the same number of units, over the whole tree or within each leaf."""
+    leaves, treedef = jax.tree.flatten(mask)
+    if not leaves:
+        return mask
+    shared = pattern.shared and not isinstance(pattern, Structured)
+    active = [pattern.collapse(leaf) for leaf in leaves]
+    ones = [1] * len(active)
+
+    def count(flags: list[jax.Array]) -> selection.Count:
+        each = selection.Count.of(jnp.stack([jnp.sum(f, dtype=jnp.int32) for f in flags]))
+        return each.total() if shared else each
+
+    on, off = count(active), count([~a for a in active])
+    wanted = selection.Count.rounded(jnp.asarray(fraction, jnp.float32) * on.as_float())
+    traded = wanted.minimum(off).minimum(on)
+    keep = selection.largest(
+        [jnp.where(a, k, 0) for a, k in zip(active, to_keep)], ones, on.minus(traded), shared=shared
+    )
+    grow = selection.largest(
+        [jnp.where(a, 0, k) for a, k in zip(active, to_grow)], ones, traded, shared=shared
+    )
+    shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
+    new = [pattern.expand(k | g, shape) for k, g, shape in zip(keep, grow, shapes)]
+    return jax.tree.unflatten(treedef, new)
+
+
+def _unit_keys(
+    pattern: UnitPattern, criterion: Criterion, key: jax.Array, params: Params, grads: Gradients
+) -> list[jax.Array]:
+    """Return the score of each unit as keys for `selection.largest`."""
+    if criterion == "random":
+        shapes = [pattern.unit_shape(jnp.shape(p)) for p in jax.tree.leaves(params)]
+        draws = (jax.random.bits(jax.random.fold_in(key, i), s) for i, s in enumerate(shapes))
+        return [jnp.clip(bits, jnp.uint32(1), jnp.uint32(2**32 - 2)) for bits in draws]
+    scores = grads if criterion == "gradient" else params
+    return [selection.ordered_keys(pattern.units(jnp.abs(x))) for x in jax.tree.leaves(scores)]
+
+
+def _drop_schedule(drop_fraction: Any, total_steps: Any) -> Callable[[jax.Array], jax.Array]:
+    schedule = callable(drop_fraction)
+    if schedule and total_steps is None:
+        return drop_fraction
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int):
+        raise TypeError(
+            "total_steps must be an int of at least 1; it can be left out only when drop_fraction is a"
+            f" schedule. Got {total_steps!r}."
+        )
+    if total_steps < 1:
+        raise ValueError(f"total_steps must be at least 1, got {total_steps}.")
+    if schedule:
+        return lambda step: jnp.where(step < total_steps, drop_fraction(step), 0)
+    if isinstance(drop_fraction, bool) or not isinstance(drop_fraction, int | float):
+        raise TypeError(f"drop_fraction must be a float from 0 to 1 or a schedule, got {drop_fraction!r}.")
+    if not 0 <= drop_fraction <= 1:
+        raise ValueError(f"drop_fraction must be from 0 to 1, got {drop_fraction!r}.")
+
+    def cosine(step: jax.Array) -> jax.Array:
+        progress = jnp.minimum(step.astype(jnp.float32) / total_steps, 1)
+        return drop_fraction / 2 * (1 + jnp.cos(math.pi * progress))
+
+    return cosine
+
+
+def _check_tradable(pattern: Any) -> None:
+    check_pattern(pattern)
+    if isinstance(pattern, NM):
+        raise ValueError(
+            "dynamic_mask cannot keep an N:M pattern: a trade would leave some groups with more than n"
+            " entries. Use fisher_mask or random_mask, or Unstructured(sparsity) here."
+        )
+    if isinstance(pattern, Structured) and pattern.unit == "tensor":
+        raise ValueError(
+            "dynamic_mask cannot trade whole tensors: their sizes differ, so the density would"
+            " change. Use unit='channel' or 'block' here, or fisher_mask."
+        )
+    if not isinstance(pattern, UnitPattern):
+        raise TypeError(f"dynamic_mask takes Unstructured or Structured, got {pattern!r}.")

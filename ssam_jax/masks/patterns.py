@@ -1,0 +1,340 @@
+"""Sparsity patterns: small frozen values that turn scores into a mask of an exact size.
+
+``pattern(scores)`` takes a pytree of floats and returns a pytree of bool arrays, True where the
+parameter is perturbed, whose leaves broadcast against the scores. Larger scores are kept, NaN
+counts as the lowest, and ties go to the earlier leaf and the lower row-major index.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ssam_jax import trees
+from ssam_jax.masks import selection
+from ssam_jax.typing import Mask, Params, Scores
+
+
+class Pattern:
+    """What a mask rule needs of a pattern; subclass it, or write ``__call__``, for one of your own."""
+
+    def __call__(self, scores: Scores) -> Mask:
+        """Return the mask that keeps the largest scores."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(scores).")
+
+    def random(self, key: jax.Array, params: Params) -> Mask:
+        """Return a random mask that obeys the pattern.
+
+        Args:
+          key: a typed PRNG key.
+          params: the tree to make a mask for; only shapes are read.
+        """
+        leaves, treedef = jax.tree.flatten(params)
+        scores = [_uniform(key, i, jnp.shape(leaf)) for i, leaf in enumerate(leaves)]
+        return self(jax.tree.unflatten(treedef, scores))
+
+
+class UnitPattern(Pattern):
+    """A pattern that keeps or leaves units (entries, slices, blocks or tensors) to reach a density.
+
+    A unit's score is the mean over its entries. Every unit of one leaf has the same size.
+    """
+
+    sparsity: float
+
+    def __call__(self, scores: Scores) -> Mask:
+        trees.check_floating(scores, "scores")
+        leaves, treedef = jax.tree.flatten(scores)
+        units = _on_each_leaf(self.units, scores)
+        keys = [selection.ordered_keys(unit) for unit in units]
+        return jax.tree.unflatten(treedef, self._choose(keys, [leaf.shape for leaf in leaves]))
+
+    def random(self, key: jax.Array, params: Params) -> Mask:
+        """Return a random mask in which every unit is as likely as any other of its size."""
+        leaves, treedef = jax.tree.flatten(params)
+        shapes = [jnp.shape(leaf) for leaf in leaves]
+        units = _on_each_leaf(lambda leaf: self.unit_shape(jnp.shape(leaf)), params)
+        keys = [selection.ordered_keys(_uniform(key, i, shape)) for i, shape in enumerate(units)]
+        return jax.tree.unflatten(treedef, self._choose(keys, shapes))
+
+    def _choose(self, keys: list[jax.Array], shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+        sizes = [math.prod(shape) for shape in shapes]
+        if self.shared:
+            budgets = [_kept(sum(sizes), self.sparsity)] * len(sizes)
+        else:
+            budgets = [_kept(size, self.sparsity) for size in sizes]
+        chosen = selection.largest(
+            keys,
+            [self.unit_size(shape) for shape in shapes],
+            selection.Count.static(budgets),
+            shared=self.shared,
+        )
+        return [self.expand(unit, shape) for unit, shape in zip(chosen, shapes)]
+
+    @property
+    def shared(self) -> bool:
+        """Whether the leaves compete for one budget."""
+        return True
+
+    def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the array of units of a leaf."""
+        raise NotImplementedError
+
+    def units(self, leaf: jax.Array) -> jax.Array:
+        """Return the score of each unit of a leaf of scores, float32 unless the leaf is wider."""
+        raise NotImplementedError
+
+    def expand(self, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Turn a choice of units into a mask that broadcasts against a leaf of ``shape``."""
+        del shape
+        return units
+
+    def collapse(self, mask: jax.Array) -> jax.Array:
+        """Undo `expand`."""
+        return mask
+
+    def unit_size(self, shape: tuple[int, ...]) -> int:
+        """Return how many entries a unit of a leaf has."""
+        return max(1, math.prod(shape) // max(1, math.prod(self.unit_shape(shape))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured(UnitPattern):
+    """Keep single entries: exactly ``round((1 - sparsity) * size)`` of them, halves to even.
+
+    Attributes:
+      sparsity: the share of entries that are NOT perturbed, 0 to 1.
+      scope: ``"global"`` ranks the whole tree at once, as the paper does (arXiv 2306.17504,
+        section 4); ``"leaf"`` gives every leaf the same density.
+
+    >>> import jax.numpy as jnp
+    >>> Unstructured(sparsity=0.5)({"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 0.0])})
+    {'a': Array([ True, False], dtype=bool), 'b': Array([ True, False], dtype=bool)}
+    """
+
+    sparsity: float
+    scope: Literal["global", "leaf"] = "global"
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self.sparsity)
+        _check_choice("scope", self.scope, ("global", "leaf"))
+
+    @property
+    def shared(self) -> bool:
+        return self.scope == "global"
+
+    def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def units(self, leaf: jax.Array) -> jax.Array:
+        return leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Structured(UnitPattern):
+    """Keep whole units, best mean score first, until the kept entries reach the target density.
+
+    All leaves compete. The unit with which ``round((1 - sparsity) * size)`` kept entries are reached
+    is kept too, so the density is never below ``1 - sparsity``.
+
+    Attributes:
+      sparsity: the share of entries that are NOT perturbed, 0 to 1.
+      unit: ``"tensor"``: a whole leaf, its mask a scalar. ``"channel"``: a slice at one index of
+        ``axis``, its mask one value for each index, of shape (1, .., size, .., 1). ``"block"``: a
+        tile, its mask as large as the leaf.
+      axis: the axis (channel), or the axis or axes (block), that index the units. A leaf without
+        such an axis (a bias, where axis is -2) is one unit. Not for tensors.
+      block: the tile's extent along each of ``axis``. Other axes are covered by one entry each.
+      indivisible: what becomes of a leaf whose axis ``block`` does not divide: ``"error"``, or
+        ``"whole"`` to make the leaf one unit.
+
+    >>> import jax.numpy as jnp
+    >>> scores = {"bias": jnp.array([1.0, 9.0]), "kernel": jnp.array([[3.0, 4.0], [5.0, 0.0]])}
+    >>> Structured(sparsity=0.5, unit="tensor")(scores)
+    {'bias': Array(True, dtype=bool), 'kernel': Array(True, dtype=bool)}
+    >>> Structured(sparsity=0.5, unit="channel", axis=-1)(scores)["kernel"]
+    Array([[ True, False]], dtype=bool)
+    """
+
+    sparsity: float
+    unit: Literal["tensor", "channel", "block"] = "tensor"
+    axis: int | tuple[int, ...] | None = None
+    block: int | tuple[int, ...] | None = None
+    indivisible: Literal["error", "whole"] = "error"
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self.sparsity)
+        _check_choice("unit", self.unit, ("tensor", "channel", "block"))
+        _check_choice("indivisible", self.indivisible, ("error", "whole"))
+        if self.unit == "tensor" and self.axis is not None:
+            raise ValueError(f"axis must be None when unit is 'tensor', got {self.axis!r}.")
+        if (self.unit == "block") != (self.block is not None):
+            raise ValueError(f"block must be given when unit is 'block', and only then, got {self.block!r}.")
+        if self.unit == "channel" and not isinstance(self.axis, int | None):
+            raise ValueError(f"axis must be an int when unit is 'channel', got {self.axis!r}.")
+        for name, values in (("axis", self._axes), ("block", self._blocks)):
+            if not all(isinstance(v, int) for v in values):
+                raise ValueError(f"{name} must be an int or a tuple of them, got {getattr(self, name)!r}.")
+        if self.unit == "block":
+            if len(self._axes) != len(self._blocks):
+                raise ValueError(
+                    "axis and block must name as many axes as extents,"
+                    f" got axis={self.axis!r} and block={self.block!r}."
+                )
+            if min(self._blocks, default=0) < 1:
+                raise ValueError(f"block must hold at least 1 entry along each axis, got {self.block!r}.")
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        if self.unit == "tensor":
+            return ()
+        axis = self.axis
+        if axis is None:  # the last axis or axes: output channels of a Flax kernel
+            axis = tuple(range(-len(self._blocks), 0)) if self.unit == "block" else -1
+        return axis if isinstance(axis, tuple) else (axis,)
+
+    @property
+    def _blocks(self) -> tuple[int, ...]:
+        block = 1 if self.block is None else self.block
+        return block if isinstance(block, tuple) else (block,)
+
+    def _extents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return how far a unit reaches along each axis of a leaf."""
+        rank = len(shape)
+        if self.unit == "tensor" or any(not -rank <= axis < rank for axis in self._axes):
+            return shape
+        extents = list(shape if self.unit == "channel" else (1,) * rank)
+        for axis, extent in zip(self._axes, self._blocks):
+            extents[axis] = extent
+            if shape[axis] % extent:
+                if self.indivisible == "whole":
+                    return shape
+                raise _MisfitError(
+                    f"its axis {axis} of size {shape[axis]} is not divisible by block={extent};"
+                    " choose another block, or indivisible='whole'"
+                )
+        return tuple(extents)
+
+    def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if 0 in shape:
+            return shape
+        extents = self._extents(shape)
+        if extents == shape:  # one unit: a scalar, whatever the rank
+            return ()
+        return tuple(size // extent for size, extent in zip(shape, extents))
+
+    def units(self, leaf: jax.Array) -> jax.Array:
+        leaf = trees.promote_to_float32(leaf)
+        shape = self.unit_shape(leaf.shape)
+        if shape == leaf.shape:
+            return leaf
+        if shape == ():
+            return jnp.mean(leaf)
+        extents = self._extents(leaf.shape)
+        split = [n for pair in zip(shape, extents) for n in pair]
+        return jnp.mean(leaf.reshape(split), axis=tuple(range(1, len(split), 2)))
+
+    def expand(self, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if self.unit != "block" or units.ndim == 0 or 0 in shape:
+            return units
+        for axis, extent in enumerate(self._extents(shape)):
+            units = jnp.repeat(units, extent, axis=axis)
+        return units
+
+    def collapse(self, mask: jax.Array) -> jax.Array:
+        if self.unit != "block" or mask.ndim == 0 or 0 in mask.shape:
+            return mask
+        return mask[tuple(slice(None, None, extent) for extent in self._extents(mask.shape))]
+
+
+@dataclasses.dataclass(frozen=True)
+class NM(Pattern):
+    """Keep exactly the ``n`` largest of every ``m`` consecutive entries along an axis.
+
+    Leaves of rank below 2 (biases, norm scales) are perturbed whole: their mask is a scalar True.
+
+    Attributes:
+      n: entries kept in each group, 0 to ``m``.
+      m: entries in a group.
+      axis: the axis that is grouped. The last one, a Flax kernel's outputs, is the contraction axis
+        of the backward product that is to become sparse, for Dense and Conv kernels alike.
+      indivisible: what becomes of a leaf whose axis ``m`` does not divide (a head of 10 classes):
+        ``"error"``, or ``"whole"`` to perturb the leaf whole, as a bias is.
+
+    >>> import jax.numpy as jnp
+    >>> NM(2, 4)(jnp.array([[1.0, 4.0, 3.0, 2.0]]))
+    Array([[False,  True,  True, False]], dtype=bool)
+    """
+
+    n: int
+    m: int
+    axis: int = -1
+    indivisible: Literal["error", "whole"] = "error"
+
+    def __post_init__(self) -> None:
+        for name in ("n", "m", "axis"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}.")
+        if self.m < 1 or not 0 <= self.n <= self.m:
+            raise ValueError(f"n and m must satisfy 0 <= n <= m and m >= 1, got n={self.n}, m={self.m}.")
+        _check_choice("indivisible", self.indivisible, ("error", "whole"))
+
+    def __call__(self, scores: Scores) -> Mask:
+        trees.check_floating(scores, "scores")
+        return jax.tree.unflatten(jax.tree.structure(scores), _on_each_leaf(self._mask, scores))
+
+    def _mask(self, leaf: jax.Array) -> jax.Array:
+        if leaf.ndim < 2:
+            return jnp.array(True)
+        if not -leaf.ndim <= self.axis < leaf.ndim:
+            raise _MisfitError(f"it has no axis {self.axis}")
+        if leaf.shape[self.axis] % self.m:
+            if self.indivisible == "whole":
+                return jnp.array(True)
+            raise _MisfitError(
+                f"its axis {self.axis} of size {leaf.shape[self.axis]} is not divisible by m={self.m};"
+                " choose another axis, or indivisible='whole'"
+            )
+        return selection.largest_in_groups(leaf, self.n, self.m, self.axis)
+
+
+class _MisfitError(ValueError):
+    """A pattern does not fit a leaf; says why, but not which."""
+
+
+def _on_each_leaf(fn: Callable[[Any], Any], tree: Any) -> list[Any]:
+    """Return ``fn(leaf)`` for every leaf; an error names the leaf that the pattern does not fit."""
+    results = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        try:
+            results.append(fn(leaf))
+        except _MisfitError as error:
+            name = trees.path_name(path)
+            raise ValueError(f"the pattern does not fit the leaf {name!r}: {error}.") from None
+    return results
+
+
+def _uniform(key: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array:
+    """Draw scores for the leaf of an index, the same on any number of devices."""
+    return jax.random.uniform(jax.random.fold_in(key, leaf), shape, jnp.float32)
+
+
+def _kept(size: int, sparsity: float) -> int:
+    """Return how many of ``size`` entries are perturbed."""
+    return round((1 - sparsity) * size)
+
+
+def _check_sparsity(sparsity: Any) -> None:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
+        raise TypeError(f"sparsity must be a float from 0 to 1, got {sparsity!r}.")
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity, the share NOT perturbed, must be from 0 to 1, got {sparsity!r}.")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

@@ -1,0 +1,229 @@
+"""Mask rules: how a mask is born and when it is renewed."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from ssam_jax import trees
+from ssam_jax.masks.patterns import Pattern
+from ssam_jax.typing import Gradients, Mask, Params
+
+
+class InitFn(Protocol):
+    """The first half of a `MaskRule`."""
+
+    def __call__(self, params: Params, /) -> Any:
+        """Return the state; its ``.mask`` already obeys the rule."""
+
+
+class UpdateFn(Protocol):
+    """The second half of a `MaskRule`."""
+
+    def __call__(
+        self,
+        state: Any,
+        params: Params,
+        ascent_grads: Gradients | None,
+        descent_grads: Gradients,
+        step: jax.Array,
+        **extra: Any,
+    ) -> Any:
+        """Return the next state, of the same structure, shapes and dtypes."""
+
+
+class MaskRule(NamedTuple):
+    """A pair of pure functions that owns a mask, as an optax transformation owns its state.
+
+    ``update`` is called once a step, after the descent gradient, and the mask of the state it
+    returns is used from the *next* step on. It runs inside the user's ``jit``.
+
+    Attributes:
+      init: ``init(params) -> state``. A state is a pytree of arrays with a field ``mask``, a pytree
+        of bool arrays of the structure of the parameters whose leaves broadcast against them. A
+        field ``churn``, a float32 scalar, is read by `mask_stats` and written by `set_mask`.
+      update: ``update(state, params, ascent_grads, descent_grads, step, **extra) -> state``, with
+        ``step`` an int32 scalar that counts from 0. ``ascent_grads`` is the gradient at ``params``,
+        or None under `alternating`, which does not keep it. ``extra`` holds the extra arguments of
+        ``tx.update``.
+    """
+
+    init: InitFn
+    update: UpdateFn
+
+
+class MaskState(NamedTuple):
+    """State of `random_mask` and `fixed_mask`.
+
+    Attributes:
+      mask: bool pytree, True where the parameter is perturbed.
+      churn: float32 scalar, the share of the perturbed entries that the last renewal brought in.
+      key: uint32 key data, folded with the step where randomness is needed; None for `fixed_mask`.
+    """
+
+    mask: Mask
+    churn: jax.Array
+    key: jax.Array | None
+
+
+def random_mask(pattern: Pattern, *, refresh_every: int | None = None, seed: int | jax.Array = 0) -> MaskRule:
+    """Perturb a random part of the parameters, for ablations.
+
+    Args:
+      pattern: the shape and size of the part.
+      refresh_every: draw a new mask at the end of every so many steps; None keeps the first.
+      seed: an integer, Python's or a traced scalar (to ``vmap`` over seeds).
+
+    Returns:
+      A `MaskRule` with a `MaskState`.
+
+    Raises:
+      TypeError: a pattern or a seed is not one.
+      ValueError: ``refresh_every`` is below 1.
+    """
+    check_pattern(pattern)
+    check_refresh_every(refresh_every)
+    key = key_data(seed)
+
+    def init(params: Params) -> MaskState:
+        return MaskState(first_mask(pattern, key, params), jnp.float32(0), key)
+
+    def update(
+        state: MaskState, params: Params, ascent_grads: Any, descent_grads: Any, step: jax.Array, **extra: Any
+    ) -> MaskState:
+        del ascent_grads, descent_grads, extra
+
+        def renew() -> Mask:
+            return pattern.random(jax.random.fold_in(as_key(state.key), step + 1), params)
+
+        mask, churn = renewed(state, renew, step, refresh_every)
+        return state._replace(mask=mask, churn=churn)
+
+    return MaskRule(init, update)
+
+
+def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool]) -> MaskRule:
+    """Perturb a part of the parameters that is chosen once, by hand.
+
+    Args:
+      tree_or_predicate: a pytree of bools or bool arrays, a prefix of the parameters' tree whose
+        leaves broadcast against them; or a function of a parameter's path, such as
+        ``"params/Dense_0/kernel"``, that returns whether to perturb it. "Norm layers only" is
+        ``fixed_mask(lambda path: "norm" in path.lower())``.
+
+    Returns:
+      A `MaskRule` with a `MaskState`. Only `set_mask` changes the mask.
+
+    Raises:
+      TypeError: at ``init``, a leaf of the tree or a predicate's answer is not bool.
+      ValueError: at ``init``, the tree does not fit the parameters.
+    """
+
+    def init(params: Params) -> MaskState:
+        if callable(tree_or_predicate):
+            choice = trees.map_with_path(lambda path, _: tree_or_predicate(path), params)
+        else:
+            try:
+                choice = jax.tree.map(
+                    lambda m, part: jax.tree.map(lambda _: m, part), tree_or_predicate, params
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"the tree given to fixed_mask must be a prefix of the parameters' tree: {error}"
+                ) from None
+        mask = jax.tree.map(jnp.asarray, choice)
+        check_mask(mask, params)
+        return MaskState(mask, jnp.float32(0), None)
+
+    def update(state: MaskState, *args: Any, **extra: Any) -> MaskState:
+        del args, extra
+        return state
+
+    return MaskRule(init, update)
+
+
+def renewed(
+    state: Any, renew: Callable[[], Mask], step: jax.Array, refresh_every: int | None
+) -> tuple[Mask, jax.Array]:
+    """Return the mask and its churn after a step: new ones at the end of every k-th, else the old.
+
+    The renewal is under ``lax.cond``, so the other steps do not pay for it.
+    """
+    if refresh_every is None:
+        return state.mask, state.churn
+
+    def replace() -> tuple[Mask, jax.Array]:
+        mask = renew()
+        return mask, mask_churn(state.mask, mask)
+
+    return jax.lax.cond((step + 1) % refresh_every == 0, replace, lambda: (state.mask, state.churn))
+
+
+def mask_churn(old: Mask, new: Mask) -> jax.Array:
+    """Return the share of the True entries of ``new`` that are False in ``old``, a float32 scalar.
+
+    Entries of masks that broadcast count once, however many parameters they stand for.
+    """
+    pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new)))
+    zero = jnp.zeros((), jnp.float32)
+    came = sum((jnp.sum(n & ~o, dtype=jnp.float32) for o, n in pairs), start=zero)
+    active = sum((jnp.sum(n, dtype=jnp.float32) for _, n in pairs), start=zero)
+    return jnp.where(active > 0, came / jnp.maximum(active, 1), 0)
+
+
+def first_mask(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
+    """Return a random mask that obeys the pattern: masked from the first step on."""
+    return pattern.random(as_key(key), params)
+
+
+def key_data(seed: int | jax.Array) -> jax.Array:
+    """Return a seed's key as plain uint32 data, which every checkpoint format can hold."""
+    if isinstance(seed, bool) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer) or jnp.ndim(seed):
+        raise TypeError(f"seed must be an integer, got {seed!r}.")
+    return jax.random.key_data(jax.random.key(seed))
+
+
+def as_key(data: jax.Array) -> jax.Array:
+    """Return the typed key of `key_data`."""
+    return jax.random.wrap_key_data(data)
+
+
+def check_pattern(pattern: Any) -> None:
+    """Raise TypeError unless ``pattern`` is a `Pattern`."""
+    if not isinstance(pattern, Pattern):
+        raise TypeError(
+            "pattern must be a Pattern such as Unstructured(sparsity=0.5), Structured(...) or"
+            f" NM(2, 4), got {pattern!r}."
+        )
+
+
+def check_refresh_every(refresh_every: Any) -> None:
+    """Raise unless ``refresh_every`` is None or a positive int."""
+    if refresh_every is None:
+        return
+    if isinstance(refresh_every, bool) or not isinstance(refresh_every, int):
+        raise TypeError(f"refresh_every must be an int of at least 1, or None, got {refresh_every!r}.")
+    if refresh_every < 1:
+        raise ValueError(f"refresh_every must be at least 1, or None, got {refresh_every}.")
+
+
+def check_mask(mask: Any, params: Params) -> None:
+    """Raise, naming the leaf, unless ``mask`` has bool leaves that broadcast against ``params``."""
+    if jax.tree.structure(mask) != jax.tree.structure(params):
+        raise ValueError(
+            "the mask must have the tree structure of the parameters: expected"
+            f" {jax.tree.structure(params)}, got {jax.tree.structure(mask)}."
+        )
+    for path, m, p in zip(trees.leaf_paths(params), jax.tree.leaves(mask), jax.tree.leaves(params)):
+        if jnp.result_type(m) != jnp.bool_:
+            raise TypeError(f"the mask must be bool, but its leaf {path!r} is {jnp.result_type(m)}.")
+        if not _broadcasts(jnp.shape(m), jnp.shape(p)):
+            raise ValueError(
+                f"the mask's leaf {path!r} of shape {jnp.shape(m)} does not broadcast against {jnp.shape(p)}."
+            )
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    padded = (1,) * (len(target) - len(shape)) + shape
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(padded, target))

@@ -1,0 +1,174 @@
+"""The state of `ssam`, and how to read and replace the mask in it, wherever it is nested."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from ssam_jax import trees
+from ssam_jax.masks.rules import mask_churn
+from ssam_jax.typing import Mask
+
+
+class SsamState(NamedTuple):
+    """State of `ssam`, found anywhere in an optimizer's state by the functions of this module.
+
+    Attributes:
+      step: int32 scalar, the steps taken; rho's schedule and the mask rule see it.
+      leaf_sizes: float32 of shape (leaves,), the number of entries of each parameter.
+      mask_state: the state of the mask rule, with a field ``mask``; None for dense SAM.
+    """
+
+    step: jax.Array
+    leaf_sizes: jax.Array
+    mask_state: Any
+
+
+class MaskStats(NamedTuple):
+    """What a mask looks like.
+
+    Attributes:
+      density: float32 scalar, the share of all parameters that is perturbed.
+      by_leaf: dict from each leaf's path to its own density, a float32 scalar; empty for dense SAM.
+      churn: float32 scalar, the share of the perturbed entries that the last renewal of the mask, or
+        `set_mask`, brought in; NaN if the mask rule does not keep it.
+    """
+
+    density: jax.Array
+    by_leaf: dict[str, jax.Array]
+    churn: jax.Array
+
+
+def get_mask(opt_state: chex.ArrayTree) -> Mask | None:
+    """Return the mask that the next step uses.
+
+    Args:
+      opt_state: the state of an optimizer with one `ssam` or `alternating` somewhere in it:
+        ``optax.chain``, ``named_chain``, ``MultiSteps``, ``inject_hyperparams``,
+        ``apply_if_finite``, a whole train state.
+
+    Returns:
+      bool pytree of the structure of the parameters, True where perturbed, whose leaves broadcast
+      against them. None for dense SAM (``mask=None``), which has no mask.
+
+    Raises:
+      ValueError: there is no `ssam` in ``opt_state``, or more than one.
+    """
+    mask_state = _find(opt_state).mask_state
+    return None if mask_state is None else mask_state.mask
+
+
+def set_mask(opt_state: chex.ArrayTree, mask: Mask) -> Any:
+    """Return ``opt_state`` with another mask, which the next step uses. Works under ``jit``.
+
+    Args:
+      opt_state: as for `get_mask`.
+      mask: bool pytree of the structure of the present mask, whose leaves broadcast against its
+        leaves. It is broadcast to them, so that the state keeps its shapes.
+
+    Raises:
+      TypeError: a leaf of the mask is not bool.
+      ValueError: the mask does not fit the present one; or there is no mask to replace, because the
+        `ssam` is dense, missing, or one of several.
+    """
+    state = _find(opt_state)
+    if state.mask_state is None:
+        raise ValueError(
+            "there is no mask to replace: this ssam is dense (mask=None). Make it with"
+            " mask=fisher_mask(pattern, refresh_every=None) to have one that only set_mask changes."
+        )
+    old = state.mask_state.mask
+    new = _fitted(mask, old)
+    mask_state = state.mask_state._replace(mask=new)
+    if hasattr(mask_state, "churn"):
+        mask_state = mask_state._replace(churn=mask_churn(old, new))
+    changed = state._replace(mask_state=mask_state)
+    return jax.tree.map(lambda s: changed if _is_state(s) else s, opt_state, is_leaf=_is_state)
+
+
+def active_leaves(opt_state: chex.ArrayTree) -> tuple[bool, ...]:
+    """Return for each leaf, in flattening order, whether any of it is perturbed.
+
+    The tuple is hashable, to be a static argument of ``jit``. It reads the mask's values: call it
+    between steps.
+
+    Args:
+      opt_state: as for `get_mask`.
+
+    Raises:
+      ValueError: called under ``jit``, or there is no `ssam` in ``opt_state``, or more than one.
+    """
+    state = _find(opt_state)
+    if state.mask_state is None:
+        return (True,) * state.leaf_sizes.shape[0]
+    leaves = jax.tree.leaves(state.mask_state.mask)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise ValueError(
+            "active_leaves reads the mask's values, which are not known under jit. Call it between"
+            " steps and pass the tuple on as a static argument."
+        )
+    return tuple(bool(active) for active in jax.device_get([jnp.any(leaf) for leaf in leaves]))
+
+
+def mask_stats(opt_state: chex.ArrayTree) -> MaskStats:
+    """Return the mask's density, in all and by leaf, and its churn, as arrays. Works under ``jit``.
+
+    Args:
+      opt_state: as for `get_mask`.
+
+    Raises:
+      ValueError: there is no `ssam` in ``opt_state``, or more than one.
+    """
+    state = _find(opt_state)
+    if state.mask_state is None:
+        return MaskStats(jnp.float32(1), {}, jnp.float32(0))
+    mask = state.mask_state.mask
+    shares = [_density(leaf) for leaf in jax.tree.leaves(mask)]
+    total = jnp.sum(state.leaf_sizes)
+    kept = sum((s * n for s, n in zip(shares, state.leaf_sizes)), start=jnp.float32(0))
+    return MaskStats(
+        density=kept / jnp.maximum(total, 1),
+        by_leaf=dict(zip(trees.leaf_paths(mask), shares)),
+        churn=getattr(state.mask_state, "churn", jnp.float32(jnp.nan)),
+    )
+
+
+def _density(leaf: jax.Array) -> jax.Array:
+    return jnp.sum(leaf, dtype=jnp.float32) / max(1, leaf.size)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, SsamState)
+
+
+def _find(opt_state: chex.ArrayTree) -> SsamState:
+    found = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(s)]
+    if len(found) != 1:
+        raise ValueError(
+            f"opt_state must hold the state of exactly one ssam or alternating, found {len(found)}"
+            f" in a {type(opt_state).__name__}."
+        )
+    return found[0]
+
+
+def _fitted(mask: Any, like: Mask) -> Mask:
+    """Return ``mask`` with the shapes of ``like``."""
+    if jax.tree.structure(mask) != jax.tree.structure(like):
+        raise ValueError(
+            "mask must have the tree structure of the present mask: expected"
+            f" {jax.tree.structure(like)}, got {jax.tree.structure(mask)}."
+        )
+
+    def fit(path: str, new: Any, old: jax.Array) -> jax.Array:
+        if jnp.result_type(new) != jnp.bool_:
+            raise TypeError(f"mask must be bool, but its leaf {path!r} is {jnp.result_type(new)}.")
+        try:
+            return jnp.broadcast_to(new, old.shape)
+        except ValueError:
+            raise ValueError(
+                f"mask's leaf {path!r} of shape {jnp.shape(new)} does not broadcast to the present"
+                f" mask's {old.shape}; the rule's pattern decides which masks its state can hold."
+            ) from None
+
+    return trees.map_with_path(fit, mask, like)

@@ -1,0 +1,35 @@
+"""Names for the things that travel through the library."""
+
+from typing import Any, Protocol
+
+import chex
+import jax
+
+Params = chex.ArrayTree
+"""Any pytree of floating-point arrays; ``None`` subtrees are allowed."""
+
+Gradients = chex.ArrayTree
+"""A pytree with the structure and the shapes of the parameters."""
+
+Scores = chex.ArrayTree
+"""A pytree of floating-point arrays; a larger entry is more worth perturbing."""
+
+Mask = chex.ArrayTree
+"""A pytree of bool arrays that broadcast against the parameters; True is perturbed."""
+
+Scalar = float | jax.Array
+"""A Python number or an array of shape ``()``."""
+
+
+class GradFn(Protocol):
+    """The protocol of ``optax.contrib.sam(opaque_mode=True)``."""
+
+    def __call__(self, params: Params, step: int, /) -> Gradients:
+        """Return the gradient at ``params``; ``step`` counts the ascent steps from 0."""
+
+
+class Schedule(Protocol):
+    """An optax schedule: the step, an int32 scalar, in; a scalar out."""
+
+    def __call__(self, count: Any, /) -> Any:
+        """Return the value at ``count``."""

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test test-oldest lint types bench clean
 
 $(VENV)/made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,12 @@ demo: $(VENV)/made  ## train on digits with SGD, SAM and SSAM; print a table, dr
 test: $(VENV)/made  ## the whole suite, doctests and README included
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+test-oldest: $(VENV)/made  ## the suite on the lowest versions that pyproject.toml allows
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-oldest
+	$(BIN)/uv pip install --quiet --python .venv-oldest --resolution lowest-direct \
+		--editable ".[examples]" --group dev
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
 lint: $(VENV)/made
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,4 +36,4 @@ bench: $(VENV)/made
 	$(BIN)/python benchmarks/step.py
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest outputs .pytest_cache .mypy_cache .ruff_cache

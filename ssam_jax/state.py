@@ -154,11 +154,7 @@ def _find(opt_state: chex.ArrayTree) -> SsamState:
 
 def _fitted(mask: Any, like: Mask) -> Mask:
     """Return ``mask`` with the shapes of ``like``."""
-    if jax.tree.structure(mask) != jax.tree.structure(like):
-        raise ValueError(
-            "mask must have the tree structure of the present mask: expected"
-            f" {jax.tree.structure(like)}, got {jax.tree.structure(mask)}."
-        )
+    trees.check_same_structure(mask, like, "mask", "the present mask")
 
     def fit(path: str, new: Any, old: jax.Array) -> jax.Array:
         if jnp.result_type(new) != jnp.bool_:

@@ -211,7 +211,9 @@ def check_update(updates: Gradients, params: Params | None) -> None:
 
 def is_static(rho: Any) -> bool:
     """Whether ``rho`` is a number of Python's or NumPy's, whose value is known while tracing."""
-    return isinstance(rho, numbers.Real | np.ndarray) and not isinstance(rho, bool) and np.ndim(rho) == 0
+    if isinstance(rho, np.ndarray):
+        return rho.ndim == 0 and np.issubdtype(rho.dtype, np.number)
+    return isinstance(rho, numbers.Real) and not isinstance(rho, bool)
 
 
 def _cast_like(tree: Gradients, like: Gradients) -> Gradients:

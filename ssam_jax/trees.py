@@ -49,13 +49,19 @@ def check_not_partial(tree: chex.ArrayTree) -> None:
         )
 
 
-def check_same_shapes(tree: chex.ArrayTree, like: chex.ArrayTree, name: str, like_name: str) -> None:
-    """Raise ValueError, naming the first leaf that differs, unless structure and shapes agree."""
-    structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
+def check_same_structure(tree: Any, like: Any, name: str, like_name: str) -> None:
+    """Raise ValueError unless both trees have one structure."""
+    structure: Any = jax.tree.structure(tree)
+    expected: Any = jax.tree.structure(like)
     if structure != expected:
         raise ValueError(
             f"{name} must have the tree structure of {like_name}: expected {expected}, got {structure}."
         )
+
+
+def check_same_shapes(tree: chex.ArrayTree, like: chex.ArrayTree, name: str, like_name: str) -> None:
+    """Raise ValueError, naming the first leaf that differs, unless structure and shapes agree."""
+    check_same_structure(tree, like, name, like_name)
     for path, leaf, other in zip(leaf_paths(like), jax.tree.leaves(tree), jax.tree.leaves(like)):
         if jnp.shape(leaf) != jnp.shape(other):
             raise ValueError(

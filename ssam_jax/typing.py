@@ -1,23 +1,23 @@
 """Names for the things that travel through the library."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import chex
 import jax
 
-Params = chex.ArrayTree
+Params: TypeAlias = chex.ArrayTree
 """Any pytree of floating-point arrays; ``None`` subtrees are allowed."""
 
-Gradients = chex.ArrayTree
+Gradients: TypeAlias = chex.ArrayTree
 """A pytree with the structure and the shapes of the parameters."""
 
-Scores = chex.ArrayTree
+Scores: TypeAlias = chex.ArrayTree
 """A pytree of floating-point arrays; a larger entry is more worth perturbing."""
 
-Mask = chex.ArrayTree
+Mask: TypeAlias = chex.ArrayTree
 """A pytree of bool arrays that broadcast against the parameters; True is perturbed."""
 
-Scalar = float | jax.Array
+Scalar: TypeAlias = float | jax.Array
 """A Python number or an array of shape ``()``."""
 
 

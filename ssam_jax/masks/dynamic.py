@@ -77,7 +77,7 @@ def dynamic_mask(
       TypeError: an argument is of the wrong kind.
       ValueError: an argument is out of range, or the pattern cannot be traded at constant density.
     """
-    _check_tradable(pattern)
+    units = _tradable(pattern)
     check_refresh_every(refresh_every)
     if refresh_every is None:
         raise ValueError("refresh_every must be an int: without refresh, use random_mask(pattern).")
@@ -102,9 +102,9 @@ def dynamic_mask(
 
         def renew() -> Mask:
             drop_key, grow_key = jax.random.split(jax.random.fold_in(as_key(state.key), step + 1))
-            to_keep = _unit_keys(pattern, drop, drop_key, params, descent_grads)
-            to_grow = _unit_keys(pattern, grow, grow_key, params, descent_grads)
-            return _trade(pattern, state.mask, params, to_keep, to_grow, fraction(step))
+            to_keep = _unit_keys(units, drop, drop_key, params, descent_grads)
+            to_grow = _unit_keys(units, grow, grow_key, params, descent_grads)
+            return _trade(units, state.mask, params, to_keep, to_grow, fraction(step))
 
         mask, churn = renewed(state, renew, step, refresh_every)
         return state._replace(mask=mask, churn=churn)
@@ -183,7 +183,8 @@ def _drop_schedule(drop_fraction: Any, total_steps: Any) -> Callable[[jax.Array]
     return cosine
 
 
-def _check_tradable(pattern: Any) -> None:
+def _tradable(pattern: Any) -> UnitPattern:
+    """Return the pattern, or raise if its parts cannot be traded at constant density."""
     check_pattern(pattern)
     if isinstance(pattern, NM):
         raise ValueError(
@@ -197,3 +198,4 @@ def _check_tradable(pattern: Any) -> None:
         )
     if not isinstance(pattern, UnitPattern):
         raise TypeError(f"dynamic_mask takes Unstructured or Structured, got {pattern!r}.")
+    return pattern

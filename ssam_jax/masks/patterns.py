@@ -5,6 +5,7 @@ parameter is perturbed, whose leaves broadcast against the scores. Larger scores
 counts as the lowest, and ties go to the earlier leaf and the lower row-major index.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -18,12 +19,12 @@ from ssam_jax.masks import selection
 from ssam_jax.typing import Mask, Params, Scores
 
 
-class Pattern:
-    """What a mask rule needs of a pattern; subclass it, or write ``__call__``, for one of your own."""
+class Pattern(abc.ABC):
+    """What a mask rule needs of a pattern; subclass it and write ``__call__`` for one of your own."""
 
+    @abc.abstractmethod
     def __call__(self, scores: Scores) -> Mask:
         """Return the mask that keeps the largest scores."""
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(scores).")
 
     def random(self, key: jax.Array, params: Params) -> Mask:
         """Return a random mask that obeys the pattern.
@@ -79,13 +80,13 @@ class UnitPattern(Pattern):
         """Whether the leaves compete for one budget."""
         return True
 
+    @abc.abstractmethod
     def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the array of units of a leaf."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def units(self, leaf: jax.Array) -> jax.Array:
-        """Return the score of each unit of a leaf of scores, float32 unless the leaf is wider."""
-        raise NotImplementedError
+        """Return the score of each unit of a leaf of scores."""
 
     def expand(self, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Turn a choice of units into a mask that broadcasts against a leaf of ``shape``."""

@@ -40,7 +40,7 @@ class MaskRule(NamedTuple):
     returns is used from the *next* step on. It runs inside the user's ``jit``.
 
     Attributes:
-      init: ``init(params) -> state``. A state is a pytree of arrays with a field ``mask``, a pytree
+      init: ``init(params) -> state``. A state is a NamedTuple of arrays with a field ``mask``, a pytree
         of bool arrays of the structure of the parameters whose leaves broadcast against them. A
         field ``churn``, a float32 scalar, is read by `mask_stats` and written by `set_mask`.
       update: ``update(state, params, ascent_grads, descent_grads, step, **extra) -> state``, with
@@ -184,7 +184,7 @@ def key_data(seed: int | jax.Array) -> jax.Array:
     return jax.random.key_data(jax.random.key(seed))
 
 
-def as_key(data: jax.Array) -> jax.Array:
+def as_key(data: Any) -> jax.Array:
     """Return the typed key of `key_data`."""
     return jax.random.wrap_key_data(data)
 
@@ -210,11 +210,7 @@ def check_refresh_every(refresh_every: Any) -> None:
 
 def check_mask(mask: Any, params: Params) -> None:
     """Raise, naming the leaf, unless ``mask`` has bool leaves that broadcast against ``params``."""
-    if jax.tree.structure(mask) != jax.tree.structure(params):
-        raise ValueError(
-            "the mask must have the tree structure of the parameters: expected"
-            f" {jax.tree.structure(params)}, got {jax.tree.structure(mask)}."
-        )
+    trees.check_same_structure(mask, params, "the mask", "the parameters")
     for path, m, p in zip(trees.leaf_paths(params), jax.tree.leaves(mask), jax.tree.leaves(params)):
         if jnp.result_type(m) != jnp.bool_:
             raise TypeError(f"the mask must be bool, but its leaf {path!r} is {jnp.result_type(m)}.")

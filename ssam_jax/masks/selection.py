@@ -35,7 +35,7 @@ def ordered_keys(scores: jax.Array) -> jax.Array:
         bits = lax.bitcast_convert_type(scores, jnp.uint64)
     else:
         bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
-    width = jnp.iinfo(bits.dtype).bits
+    width = 8 * bits.dtype.itemsize
     sign = jnp.array(1 << (width - 1), bits.dtype)
     infinity = {32: 0x7F80_0000, 64: 0x7FF0_0000_0000_0000}[width]
     magnitude = bits & ~sign
@@ -101,7 +101,7 @@ def largest_in_groups(scores: jax.Array, n: int, m: int, axis: int) -> jax.Array
       A bool array of the shape of ``scores``.
     """
     axis = axis % scores.ndim
-    grouped = scores.shape[:axis] + (scores.shape[axis] // m, m) + scores.shape[axis + 1 :]
+    grouped = (*scores.shape[:axis], scores.shape[axis] // m, m, *scores.shape[axis + 1 :])
     keys = ordered_keys(scores).reshape(grouped)
     index = lax.broadcasted_iota(jnp.int32, grouped, axis + 1)
     rank = jnp.zeros(grouped, jnp.int32)
@@ -242,8 +242,8 @@ def _whole_range(keys: list[jax.Array], weight: jax.Array, budget: Count, *, sha
 
 def _range(keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the smallest and the largest non-zero key and how many there are, in one pass."""
-    top = jnp.array(jnp.iinfo(keys.dtype).max, keys.dtype)
     zero = jnp.zeros((), keys.dtype)
+    top = ~zero
     return lax.reduce(
         (jnp.where(keys == 0, top, keys), keys, (keys != 0).astype(jnp.int32)),
         (top, zero, jnp.int32(0)),
@@ -259,9 +259,14 @@ def _count_at_least(keys: jax.Array, pivots: jax.Array) -> jax.Array:
     each, and XLA's CPU backend vectorises this form alone (20 times faster than a sum of bools).
     """
     above = tuple((keys >= pivot).astype(jnp.int32) for pivot in pivots)
-    start = (jnp.int32(0),) * len(above)
-    add = lambda a, b: tuple(x + y for x, y in zip(a, b))  # noqa: E731
-    return jnp.stack(lax.reduce(above, start, add, tuple(range(keys.ndim))))
+
+    def add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(x + y for x, y in zip(a, b))
+
+    counts: tuple[jax.Array, ...] = lax.reduce(
+        above, (jnp.int32(0),) * len(above), add, tuple(range(keys.ndim))
+    )
+    return jnp.stack(counts)
 
 
 def _share_out(

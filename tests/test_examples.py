@@ -1,0 +1,28 @@
+"""Every example runs, in small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_demo_prints_a_table_and_draws_its_pictures(tmp_path):
+    command = [sys.executable, "-W", "error", ROOT / "examples" / "digits.py"]
+    options = ["--epochs", "2", "--seeds", "2", "--out", tmp_path]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for name in ("SGD", "SAM", "Fisher", "dynamic", "2:4"):
+        assert name in result.stdout
+    for name in ("learning_curves.png", "mask_density.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert name in result.stdout
+    assert json.loads((tmp_path / "results.json").read_text())
+
+
+def test_the_demo_refuses_a_bad_setting_in_a_sentence(tmp_path):
+    command = [sys.executable, ROOT / "examples" / "digits.py", "--epochs", "0", "--out", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0
+    assert "epochs must be at least 1" in result.stderr

@@ -1,0 +1,137 @@
+"""Imports run one way, on public APIs alone, and loading the library loads little."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+import ssam_jax
+
+ROOT = pathlib.Path(ssam_jax.__file__).parent
+
+# A module may import from modules of a lower layer only.
+LAYERS = [
+    ["typing"],
+    ["trees"],
+    ["masks"],
+    ["masks.selection"],
+    ["masks.patterns"],
+    ["masks.rules"],
+    ["masks.fisher", "masks.dynamic"],
+    ["perturbation"],
+    ["state"],
+    ["transform"],
+    ["alternating"],
+    ["tracing"],
+    ["implicit"],
+    ["two_pass"],
+    [""],  # ssam_jax itself
+    ["linen", "nnx", "sharpness", "plotting"],
+]
+LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def is_module(name):
+    return name.removeprefix("ssam_jax").removeprefix(".") in MODULES
+
+
+def imports(path):
+    """Yield the full name of everything a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path):
+    """Yield the modules of ssam_jax that a file imports from."""
+    for name in imports(path):
+        if name.split(".")[0] == "ssam_jax":
+            module = name if is_module(name) else name.rpartition(".")[0]
+            yield module.removeprefix("ssam_jax").removeprefix(".")
+
+
+def test_every_module_has_a_layer():
+    assert set(MODULES) <= set(LAYER)
+    assert {"typing", "masks.selection", "alternating", ""} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_lower_layers(name):
+    wrong = [other for other in own_imports(MODULES[name]) if LAYER[other] >= LAYER[name]]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_uses_public_interfaces_only(name):
+    private = [
+        other
+        for other in imports(MODULES[name])
+        if any(part.startswith("_") and not part.startswith("__") for part in other.split("."))
+    ]
+    assert not private
+    assert not any(text in MODULES[name].read_text() for text in ("jax._src", "optax._src"))
+
+
+def test_flax_is_imported_only_by_the_modules_for_it():
+    users = {name for name, path in MODULES.items() if any(i.split(".")[0] == "flax" for i in imports(path))}
+    assert users <= {"linen", "nnx"}
+
+
+def test_the_extension_interface_of_jax_is_used_in_one_file_at_most():
+    users = [name for name, path in MODULES.items() if any("jax.extend" in i for i in imports(path))]
+    assert len(users) <= 1
+
+
+def test_loading_the_library_loads_no_optional_package():
+    code = (
+        "import sys, ssam_jax; heavy = {'flax', 'matplotlib', 'matfree', 'orbax', 'sklearn'};"
+        "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}), 'jax' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert result.stdout.strip() == "[] True"
+
+
+def public():
+    return {
+        name: value
+        for name, value in vars(ssam_jax).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+
+
+def test_there_are_public_names():
+    assert {"ssam", "alternating", "fisher_mask", "Unstructured", "set_mask"} <= set(public())
+
+
+@pytest.mark.parametrize("name", public())
+def test_a_public_name_is_documented(name):
+    text = public()[name].__doc__
+    assert text and not text.startswith(f"{name}("), "missing, or generated from the fields"
+
+
+@pytest.mark.parametrize("name", [n for n, v in public().items() if inspect.isclass(v)])
+def test_the_fields_of_a_public_class_are_documented(name):
+    documented = inspect.getdoc(public()[name])
+    for field in getattr(public()[name], "__annotations__", ()):
+        assert f"\n  {field}: " in documented
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_documented(name):
+    assert ast.get_docstring(ast.parse(MODULES[name].read_text()))

@@ -85,7 +85,7 @@ def alternating(
     def init(params: Params) -> AlternatingState:
         return AlternatingState(
             phase=jnp.zeros((), jnp.int32),
-            anchor=params,
+            anchor=jax.tree.map(jnp.copy, params),  # so that both can be donated
             ssam=init_state(params, mask),
             opt_state=optimizer.init(params),
         )
@@ -108,7 +108,7 @@ def alternating(
         step, opt_state = optimizer.update(updates, state.opt_state, anchor, **extra_args)
 
         def move(p: jax.Array, up: jax.Array, w: jax.Array, u: jax.Array) -> jax.Array:
-            p32, up, w = map(trees.promote_to_float32, (p, up, w))
+            p32, up, w = map(trees.widened, (p, up, w))
             return jnp.where(descend, w - p32 + u.astype(w.dtype), up - p32).astype(u.dtype)
 
         new = AlternatingState(

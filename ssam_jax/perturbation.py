@@ -49,7 +49,7 @@ def perturb(
     Returns:
       A tree of the structure, shapes, dtypes and shardings of ``params``.
     """
-    grads = jax.tree.map(trees.promote_to_float32, grads)
+    grads = jax.tree.map(trees.widened, grads)
     scale = trees.map_with_path(_asam_scale, params) if adaptive else None
     if scale is not None:
         grads = jax.tree.map(jnp.multiply, grads, scale)
@@ -61,7 +61,7 @@ def perturb(
         masked = jax.tree.map(jnp.multiply, masked, scale)
 
     def move(p: jax.Array, g: jax.Array) -> jax.Array:
-        moved = trees.promote_to_float32(p) + jnp.where(usable, factor.astype(g.dtype) * g, 0)
+        moved = trees.widened(p) + jnp.where(usable, factor.astype(g.dtype) * g, 0)
         return moved.astype(p.dtype)
 
     return jax.tree.map(move, params, masked)
@@ -74,8 +74,8 @@ def _apply_mask(mask: jax.Array, grad: jax.Array) -> jax.Array:
 def _asam_scale(path: str, param: jax.Array) -> jax.Array:
     """Return T: ``|w| + eta``, and 1 for a bias."""
     if is_bias(path):
-        return jnp.ones((), jnp.promote_types(param.dtype, jnp.float32))
-    return jnp.abs(trees.promote_to_float32(param)) + ASAM_ETA
+        return jnp.ones((), trees.wide_dtype(param))
+    return jnp.abs(trees.widened(param)) + ASAM_ETA
 
 
 def is_bias(path: str) -> bool:

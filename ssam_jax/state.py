@@ -99,7 +99,7 @@ def active_leaves(opt_state: chex.ArrayTree) -> tuple[bool, ...]:
     Raises:
       ValueError: called under ``jit``, or there is no `ssam` in ``opt_state``, or more than one.
     """
-    state = _find(opt_state)
+    state = _find_single(opt_state, "active_leaves")
     if state.mask_state is None:
         return (True,) * state.leaf_sizes.shape[0]
     leaves = jax.tree.leaves(state.mask_state.mask)
@@ -120,7 +120,7 @@ def mask_stats(opt_state: chex.ArrayTree) -> MaskStats:
     Raises:
       ValueError: there is no `ssam` in ``opt_state``, or more than one.
     """
-    state = _find(opt_state)
+    state = _find_single(opt_state, "mask_stats")
     if state.mask_state is None:
         return MaskStats(jnp.float32(1), {}, jnp.float32(0))
     mask = state.mask_state.mask
@@ -150,6 +150,17 @@ def _find(opt_state: chex.ArrayTree) -> SsamState:
             f" in a {type(opt_state).__name__}."
         )
     return found[0]
+
+
+def _find_single(opt_state: chex.ArrayTree, caller: str) -> SsamState:
+    """Return the `SsamState`, or raise if it holds several runs."""
+    state = _find(opt_state)
+    if jnp.ndim(state.leaf_sizes) != 1:
+        raise ValueError(
+            f"{caller} reads the state of one run, but this one has the leading axes of vmap,"
+            f" {jnp.shape(state.leaf_sizes)[:-1]}; index it, or call {caller} under vmap too."
+        )
+    return state
 
 
 def _fitted(mask: Any, like: Mask) -> Mask:

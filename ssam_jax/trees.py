@@ -70,18 +70,25 @@ def check_same_shapes(tree: chex.ArrayTree, like: chex.ArrayTree, name: str, lik
             )
 
 
-def promote_to_float32(x: jax.Array) -> jax.Array:
+def wide_dtype(*arrays: Any) -> Any:
+    """Return the dtype to compute in: float32, or float64 if any of the arrays has it."""
+    return jnp.float64 if any(jnp.result_type(x) == jnp.float64 for x in arrays) else jnp.float32
+
+
+def widened(x: jax.Array) -> jax.Array:
     """Return ``x`` in float32, or in float64 if that is what it is."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x))
 
 
 def global_norm(tree: chex.ArrayTree) -> jax.Array:
     """Return the l2 norm over all leaves, a scalar accumulated in float32 whatever their dtypes.
 
-    float64 leaves are accumulated in float64. An empty tree has norm 0.
+    With a float64 leaf it is accumulated in float64. An empty tree has norm 0.
     """
-    squares = [jnp.sum(jnp.square(promote_to_float32(leaf))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+    leaves = jax.tree.leaves(tree)
+    dtype = wide_dtype(*leaves)
+    squares = (jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in leaves)
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), dtype)))
 
 
 def where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:

@@ -14,6 +14,7 @@ from ssam_jax.masks.rules import (
     as_key,
     check_pattern,
     check_refresh_every,
+    check_seed,
     first_mask,
     key_data,
     renewed,
@@ -62,7 +63,8 @@ def dynamic_mask(
       pattern: `Unstructured`, traded over the whole tree or within each leaf by its scope; or
         `Structured` by channel or block, whose units are traded within each leaf.
       refresh_every: trade at the end of every so many steps.
-      drop_fraction: f_0, 0 to 1, or an optax schedule for f itself, with values from 0 to 1.
+      drop_fraction: f_0, 0 to 1, or an optax schedule for f itself, whose values below 0 count as 0 and those
+        above 1 as 1.
       total_steps: T_end, from which on nothing is traded. A schedule may do without.
       drop: the score by which to drop: ``"gradient"``, the magnitude of the descent gradient, the
         only one that is exact and whole in every form (the paper's choice: the flattest go);
@@ -85,9 +87,10 @@ def dynamic_mask(
         if value not in ("gradient", "weight", "random"):
             raise ValueError(f"{name} must be 'gradient', 'weight' or 'random', got {value!r}.")
     fraction = _drop_schedule(drop_fraction, total_steps)
-    key = key_data(seed)
+    check_seed(seed)
 
     def init(params: Params) -> DynamicState:
+        key = key_data(seed)
         return DynamicState(first_mask(pattern, key, params), jnp.float32(0), key)
 
     def update(
@@ -133,8 +136,8 @@ def _trade(
         return each.total() if shared else each
 
     on, off = count(active), count([~a for a in active])
-    wanted = selection.Count.rounded(jnp.asarray(fraction, jnp.float32) * on.as_float())
-    traded = wanted.minimum(off).minimum(on)
+    wanted = selection.Count.rounded(jnp.clip(jnp.asarray(fraction, jnp.float32), 0, 1) * on.as_float())
+    traded = wanted.minimum(off)
     keep = selection.largest(
         [jnp.where(a, k, 0) for a, k in zip(active, to_keep)], ones, on.minus(traded), shared=shared
     )
@@ -152,10 +155,10 @@ def _unit_keys(
     """Return the score of each unit as keys for `selection.largest`."""
     if criterion == "random":
         shapes = [pattern.unit_shape(jnp.shape(p)) for p in jax.tree.leaves(params)]
-        draws = (jax.random.bits(jax.random.fold_in(key, i), s) for i, s in enumerate(shapes))
+        draws = (jax.random.bits(jax.random.fold_in(key, i), s, jnp.uint32) for i, s in enumerate(shapes))
         return [jnp.clip(bits, jnp.uint32(1), jnp.uint32(2**32 - 2)) for bits in draws]
     scores = grads if criterion == "gradient" else params
-    return [selection.ordered_keys(pattern.units(jnp.abs(x))) for x in jax.tree.leaves(scores)]
+    return selection.comparable_keys([pattern.units(jnp.abs(x)) for x in jax.tree.leaves(scores)])
 
 
 def _drop_schedule(drop_fraction: Any, total_steps: Any) -> Callable[[jax.Array], jax.Array]:

@@ -13,6 +13,7 @@ from ssam_jax.masks.rules import (
     MaskRule,
     check_pattern,
     check_refresh_every,
+    check_seed,
     first_mask,
     key_data,
     renewed,
@@ -65,22 +66,24 @@ def fisher_mask(
       A `MaskRule` with a `FisherState`.
 
     Raises:
-      TypeError: a pattern or a seed is not one, or ``accumulator_dtype`` is no floating dtype.
-      ValueError: ``decay`` or ``refresh_every`` is out of range.
+      TypeError: a pattern or a seed is not one.
+      ValueError: ``decay`` or ``refresh_every`` is out of range, or ``accumulator_dtype`` another dtype.
     """
     check_pattern(pattern)
     check_refresh_every(refresh_every)
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be from 0 to below 1, got {decay!r}.")
-    if not jnp.issubdtype(accumulator_dtype, jnp.floating):
-        raise TypeError(f"accumulator_dtype must be a floating dtype, got {accumulator_dtype!r}.")
-    key = key_data(seed)
+    if accumulator_dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):  # float16 would overflow
+        raise ValueError(
+            f"accumulator_dtype must be float32, bfloat16 or float64, got {accumulator_dtype!r}."
+        )
+    check_seed(seed)
 
     def init(params: Params) -> FisherState:
         scores = None
         if refresh_every is not None:
             scores = jax.tree.map(lambda p: jnp.zeros_like(p, accumulator_dtype), params)
-        return FisherState(first_mask(pattern, key, params), jnp.float32(0), scores)
+        return FisherState(first_mask(pattern, key_data(seed), params), jnp.float32(0), scores)
 
     def update(
         state: FisherState,
@@ -95,7 +98,7 @@ def fisher_mask(
             return state
 
         def accumulate(score: jax.Array, grad: jax.Array) -> jax.Array:
-            past = trees.promote_to_float32(score)
+            past = trees.widened(score)
             square = jnp.square(grad.astype(past.dtype))
             mean = decay * past + (1 - decay) * square
             return jnp.where(jnp.isfinite(square), mean, past).astype(score.dtype)
@@ -147,13 +150,11 @@ def empirical_fisher(
     def add_chunk(total: Scores, start: Any, size: int) -> Scores:
         chunk = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), batch)
         squares = jax.tree.map(
-            lambda g: jnp.sum(jnp.square(trees.promote_to_float32(g)), axis=0), per_example(params, chunk)
+            lambda g: jnp.sum(jnp.square(trees.widened(g)), axis=0), per_example(params, chunk)
         )
         return jax.tree.map(jnp.add, total, squares)
 
-    total = jax.tree.map(
-        lambda p: jnp.zeros(jnp.shape(p), jnp.promote_types(jnp.result_type(p), jnp.float32)), params
-    )
+    total = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), trees.wide_dtype(p)), params)
     whole_chunks, rest = divmod(examples, chunk_size)
     if whole_chunks:
         total = jax.lax.fori_loop(

@@ -48,9 +48,10 @@ class UnitPattern(Pattern):
 
     def __call__(self, scores: Scores) -> Mask:
         trees.check_floating(scores, "scores")
+        scores = jax.tree.map(jnp.asarray, scores)
         leaves, treedef = jax.tree.flatten(scores)
         units = _on_each_leaf(self.units, scores)
-        keys = [selection.ordered_keys(unit) for unit in units]
+        keys = selection.comparable_keys(units)
         return jax.tree.unflatten(treedef, self._choose(keys, [leaf.shape for leaf in leaves]))
 
     def random(self, key: jax.Array, params: Params) -> Mask:
@@ -58,7 +59,7 @@ class UnitPattern(Pattern):
         leaves, treedef = jax.tree.flatten(params)
         shapes = [jnp.shape(leaf) for leaf in leaves]
         units = _on_each_leaf(lambda leaf: self.unit_shape(jnp.shape(leaf)), params)
-        keys = [selection.ordered_keys(_uniform(key, i, shape)) for i, shape in enumerate(units)]
+        keys = selection.comparable_keys([_uniform(key, i, shape) for i, shape in enumerate(units)])
         return jax.tree.unflatten(treedef, self._choose(keys, shapes))
 
     def _choose(self, keys: list[jax.Array], shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
@@ -177,7 +178,7 @@ class Structured(UnitPattern):
         if self.unit == "channel" and not isinstance(self.axis, int | None):
             raise ValueError(f"axis must be an int when unit is 'channel', got {self.axis!r}.")
         for name, values in (("axis", self._axes), ("block", self._blocks)):
-            if not all(isinstance(v, int) for v in values):
+            if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
                 raise ValueError(f"{name} must be an int or a tuple of them, got {getattr(self, name)!r}.")
         if self.unit == "block":
             if len(self._axes) != len(self._blocks):
@@ -207,6 +208,8 @@ class Structured(UnitPattern):
         rank = len(shape)
         if self.unit == "tensor" or any(not -rank <= axis < rank for axis in self._axes):
             return shape
+        if len({axis % rank for axis in self._axes}) < len(self._axes):
+            raise _MisfitError(f"axis={self.axis} names an axis of its {rank} twice")
         extents = list(shape if self.unit == "channel" else (1,) * rank)
         for axis, extent in zip(self._axes, self._blocks):
             extents[axis] = extent
@@ -228,7 +231,7 @@ class Structured(UnitPattern):
         return tuple(size // extent for size, extent in zip(shape, extents))
 
     def units(self, leaf: jax.Array) -> jax.Array:
-        leaf = trees.promote_to_float32(leaf)
+        leaf = trees.widened(leaf)
         shape = self.unit_shape(leaf.shape)
         if shape == leaf.shape:
             return leaf
@@ -286,6 +289,7 @@ class NM(Pattern):
 
     def __call__(self, scores: Scores) -> Mask:
         trees.check_floating(scores, "scores")
+        scores = jax.tree.map(jnp.asarray, scores)
         return jax.tree.unflatten(jax.tree.structure(scores), _on_each_leaf(self._mask, scores))
 
     def _mask(self, leaf: jax.Array) -> jax.Array:

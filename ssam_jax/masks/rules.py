@@ -1,5 +1,6 @@
 """Mask rules: how a mask is born and when it is renewed."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -84,9 +85,10 @@ def random_mask(pattern: Pattern, *, refresh_every: int | None = None, seed: int
     """
     check_pattern(pattern)
     check_refresh_every(refresh_every)
-    key = key_data(seed)
+    check_seed(seed)
 
     def init(params: Params) -> MaskState:
+        key = key_data(seed)
         return MaskState(first_mask(pattern, key, params), jnp.float32(0), key)
 
     def update(
@@ -122,17 +124,9 @@ def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool]) -> MaskRule:
 
     def init(params: Params) -> MaskState:
         if callable(tree_or_predicate):
-            choice = trees.map_with_path(lambda path, _: tree_or_predicate(path), params)
+            mask = trees.map_with_path(lambda path, _: _answer(tree_or_predicate, path), params)
         else:
-            try:
-                choice = jax.tree.map(
-                    lambda m, part: jax.tree.map(lambda _: m, part), tree_or_predicate, params
-                )
-            except ValueError as error:
-                raise ValueError(
-                    f"the tree given to fixed_mask must be a prefix of the parameters' tree: {error}"
-                ) from None
-        mask = jax.tree.map(jnp.asarray, choice)
+            mask = _spread(tree_or_predicate, params)
         check_mask(mask, params)
         return MaskState(mask, jnp.float32(0), None)
 
@@ -141,6 +135,25 @@ def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool]) -> MaskRule:
         return state
 
     return MaskRule(init, update)
+
+
+def _answer(predicate: Callable[[str], bool], path: str) -> jax.Array:
+    answer = predicate(path)
+    if not isinstance(answer, bool) and getattr(answer, "dtype", None) != bool:
+        raise TypeError(f"the predicate given to fixed_mask must return a bool, got {answer!r} for {path!r}.")
+    return jnp.array(answer)
+
+
+def _spread(prefix: Mask, params: Params) -> Mask:
+    """Return a copy of a tree of masks for every leaf below each of its own."""
+    if not jax.tree.leaves(params):  # nothing to mask; optax.tree_map_params passes a placeholder
+        return params
+    try:
+        return jax.tree.map(lambda m, part: jax.tree.map(lambda _: jnp.array(m), part), prefix, params)
+    except ValueError as error:
+        raise ValueError(
+            f"the tree given to fixed_mask must be a prefix of the parameters' tree: {error}"
+        ) from None
 
 
 def renewed(
@@ -174,13 +187,17 @@ def mask_churn(old: Mask, new: Mask) -> jax.Array:
 
 def first_mask(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
     """Return a random mask that obeys the pattern: masked from the first step on."""
+    return _compiled_random(pattern, key, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_random(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
+    """Draw under ``jit``: op by op, ``init`` would compile every operation by itself."""
     return pattern.random(as_key(key), params)
 
 
 def key_data(seed: int | jax.Array) -> jax.Array:
     """Return a seed's key as plain uint32 data, which every checkpoint format can hold."""
-    if isinstance(seed, bool) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer) or jnp.ndim(seed):
-        raise TypeError(f"seed must be an integer, got {seed!r}.")
     return jax.random.key_data(jax.random.key(seed))
 
 
@@ -196,6 +213,14 @@ def check_pattern(pattern: Any) -> None:
             "pattern must be a Pattern such as Unstructured(sparsity=0.5), Structured(...) or"
             f" NM(2, 4), got {pattern!r}."
         )
+
+
+def check_seed(seed: Any) -> None:
+    """Raise TypeError unless ``seed`` is an integer, Python's or a scalar array."""
+    dtype = getattr(seed, "dtype", None) if jnp.ndim(seed) == 0 else None
+    integer = isinstance(seed, int) if dtype is None else jnp.issubdtype(dtype, jnp.integer)
+    if isinstance(seed, bool) or not integer:
+        raise TypeError(f"seed must be an integer, got {seed!r}.")
 
 
 def check_refresh_every(refresh_every: Any) -> None:

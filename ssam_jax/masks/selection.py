@@ -44,6 +44,13 @@ def ordered_keys(scores: jax.Array) -> jax.Array:
     return jnp.where(magnitude > jnp.array(infinity, bits.dtype), jnp.ones_like(keys), keys)
 
 
+def comparable_keys(scores: list[jax.Array]) -> list[jax.Array]:
+    """Return the `ordered_keys` of several arrays, all of the width of the widest."""
+    if any(leaf.dtype == jnp.float64 for leaf in scores):
+        scores = [leaf.astype(jnp.float64) for leaf in scores]
+    return [ordered_keys(leaf) for leaf in scores]
+
+
 def largest(
     keys: list[jax.Array],
     weights: list[int],
@@ -67,8 +74,10 @@ def largest(
     """
     if not keys:
         return []
-    if max(k.size for k in keys) > LARGEST_LEAF:
-        raise ValueError(f"cannot count in an array of more than {LARGEST_LEAF} entries; split it.")
+    if max(k.size * weight for k, weight in zip(keys, weights)) > LARGEST_LEAF:
+        raise ValueError(
+            f"cannot count in a leaf of more than {LARGEST_LEAF} entries; split it, for instance by layer."
+        )
     bracket = _search(keys, weights, budget, shared=shared)
     rows = [(bracket.low[i], bracket.high[i]) for i in range(len(keys))]
     tied = [(k >= low) & (k < high) for k, (low, high) in zip(keys, rows)]
@@ -144,14 +153,15 @@ class Count(NamedTuple):
 
     def total(self) -> "Count":
         """Add up along the first axis, which is kept, every row holding the sum."""
-        low = jnp.sum(self.low, axis=0, keepdims=True)
-        high = jnp.sum(self.high, axis=0, keepdims=True) + (low >> 16)
+        low = jnp.sum(self.low, axis=0, keepdims=True, dtype=jnp.int32)
+        high = jnp.sum(self.high, axis=0, keepdims=True, dtype=jnp.int32) + (low >> 16)
         return Count(*(jnp.broadcast_to(x, self.low.shape) for x in (high, low & 0xFFFF)))
 
     def total_before(self) -> "Count":
         """Add up the rows before each row."""
-        low = jnp.cumsum(self.low) - self.low
-        return Count(jnp.cumsum(self.high) - self.high + (low >> 16), low & 0xFFFF)
+        low = jnp.cumsum(self.low, dtype=jnp.int32) - self.low
+        high = jnp.cumsum(self.high, dtype=jnp.int32) - self.high
+        return Count(high + (low >> 16), low & 0xFFFF)
 
     def plus(self, other: "Count") -> "Count":
         """Add."""

@@ -29,7 +29,7 @@ def make_batch(examples=EXAMPLES, dtype=jnp.float32):
 def by_loop(params, batch):
     """Return the mean of the squares of each example's gradient, in float64."""
     gradient = jax.jit(jax.grad(loss_fn))
-    grads = [gradient(params, jax.tree.map(lambda x: x[i], batch)) for i in range(len(batch[0]))]
+    grads = [gradient(params, example) for example in zip(*batch)]
     return jax.tree.map(lambda *g: np.mean(np.square(np.array(g, np.float64)), axis=0), *grads)
 
 
@@ -49,7 +49,9 @@ def test_any_chunk_size_gives_what_a_loop_over_examples_gives(chunk_size):
 
 
 def test_it_is_the_mean_of_squares_not_the_square_of_the_mean():
-    loss = lambda w, x: w * x
+    def loss(w, x):
+        return w * x
+
     batch = jnp.array([1.0, -1.0, 3.0, -3.0])
     assert float(empirical_fisher(loss, jnp.float32(2.0), batch, chunk_size=3)) == 5.0
 
@@ -70,7 +72,9 @@ def test_half_precision_parameters_give_float32_squares():
 
 
 def test_none_subtrees_of_parameters_pass_through():
-    loss = lambda params, x: params["w"] * x
+    def loss(params, x):
+        return params["w"] * x
+
     scores = empirical_fisher(loss, {"w": jnp.float32(1), "frozen": None}, jnp.array([2.0]), chunk_size=1)
     assert scores == {"w": 4.0, "frozen": None}
 
@@ -135,5 +139,5 @@ def test_a_batch_without_a_common_number_of_examples_is_refused(batch, sizes):
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, jnp.bool_])
 def test_parameters_that_are_not_real_floats_are_refused_by_path(dtype):
     params = {"layer": {"w": jnp.ones(2, dtype)}, "ok": jnp.ones(2)}
-    with pytest.raises(TypeError, match="params must hold real floating-point arrays.*'layer/w' is"):
+    with pytest.raises(TypeError, match=r"params must hold real floating-point arrays.*'layer/w' is"):
         empirical_fisher(loss_fn, params, make_batch(), chunk_size=2)

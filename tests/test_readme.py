@@ -12,7 +12,7 @@ def code_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_every_code_block_runs_in_one_namespace():
+def test_every_code_block_runs_in_one_namespace(relaxed_promotion):
     blocks = code_blocks()
     assert len(blocks) >= 3
     namespace = {}

@@ -86,9 +86,9 @@ def test_selection_is_a_stable_sort_of_the_special_values_for_every_k(dtype):
             np.testing.assert_array_equal(joined(mask), sorted_mask(flat, k), err_msg=f"k={k}")
 
 
-@hypothesis.given(data=st.data(), dtype=st.sampled_from(list(FLOATS)), k=st.integers(0, SIZE))
-@hypothesis.settings(max_examples=100)
-def test_selection_is_a_stable_sort_of_any_floats(data, dtype, k):
+@pytest.mark.parametrize("dtype", FLOATS)
+@hypothesis.given(data=st.data(), k=st.integers(0, SIZE))
+def test_selection_is_a_stable_sort_of_any_floats(dtype, data, k):
     entry = st.one_of(st.sampled_from(special_bits(dtype)), st.integers(0, 2 ** FLOATS[dtype] - 1))
     flat = from_bits(data.draw(st.lists(entry, min_size=SIZE, max_size=SIZE)), dtype)
     with x64(dtype == "float64"):
@@ -128,10 +128,11 @@ def test_the_cut_of_a_tree_into_leaves_does_not_matter():
         np.testing.assert_array_equal(masks[0], masks[2])
 
 
-@pytest.mark.xfail(reason="uint32 and uint64 keys do not compare", strict=True)
 def test_leaves_of_float32_and_float64_compete_by_value():
     with x64(True):
-        mask = Unstructured(0.5)({"a": jnp.array([1.0, -5.0]), "b": jnp.array([2.0, 3.0], jnp.float32)})
+        mask = Unstructured(0.5)(
+            {"a": jnp.array([1.0, -5.0], jnp.float64), "b": jnp.array([2.0, 3.0], jnp.float32)}
+        )
     assert [m.tolist() for m in mask.values()] == [[False, False], [True, True]]
 
 
@@ -240,7 +241,7 @@ def test_budgets_beyond_int32_are_met_exactly():
 
 def test_an_array_too_large_to_count_is_refused():
     huge = jax.ShapeDtypeStruct((2**16, 2**15), jnp.uint32)
-    with pytest.raises(ValueError, match="cannot count in an array of more than 2147483647 entries"):
+    with pytest.raises(ValueError, match="cannot count in a leaf of more than 2147483647 entries"):
         jax.eval_shape(lambda k: selection.largest([k], [1], limbs([1]), shared=True), huge)
 
 
@@ -300,7 +301,7 @@ def test_the_search_reads_float32_data_at_most_twelve_times(monkeypatch):
 
 
 def test_the_search_ends_as_soon_as_a_pivot_splits_off_the_budget(monkeypatch):
-    reads, width = passes(monkeypatch, np.arange(8, dtype=np.float32), k=8)
+    reads, _ = passes(monkeypatch, np.arange(8, dtype=np.float32), k=8)
     assert reads == 1
     reads, _ = passes(monkeypatch, np.array([-1.0, 1.0], np.float32), k=1)
     assert reads == 2

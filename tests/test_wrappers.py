@@ -65,7 +65,9 @@ def test_inject_hyperparams_takes_rho_and_a_mask_rule():
 
 def test_a_changed_hyperparameter_takes_effect_without_a_new_compilation():
     tx = optax.inject_hyperparams(ssam_jax.ssam)(rho=0.1, mask=FIRST)
-    out = jax.jit(lambda state: gradient_out(optax.chain(tx, optax.sgd(1.0)), (state, (optax.EmptyState(),) * 2)))
+    out = jax.jit(
+        lambda state: gradient_out(optax.chain(tx, optax.sgd(1.0)), (state, (optax.EmptyState(),) * 2))
+    )
     state = tx.init(tiny.params())
     for rho in (0.1, 0.7, 0.0):
         state.hyperparams["rho"] = jnp.asarray(rho)
@@ -84,7 +86,7 @@ def test_inject_hyperparams_takes_a_schedule_for_rho():
 
 
 def test_inject_hyperparams_needs_ascent_steps_among_its_static_args():
-    with pytest.raises(TypeError, match="ascent_steps must be a Python int .*name it in static_args"):
+    with pytest.raises(TypeError, match=r"ascent_steps must be a Python int .*name it in static_args"):
         optax.inject_hyperparams(ssam_jax.ssam)(rho=0.1, mask=FIRST, ascent_steps=2).init(tiny.params())
 
 
@@ -122,8 +124,12 @@ def test_multi_steps_around_the_chain_equals_one_step_on_the_whole_batch():
     tx = optax.MultiSteps(optax.chain(ssam(), optax.sgd(0.1)), every_k_schedule=3)
     params, state, counts = multi_steps_run(tx, *start(tx))
     assert counts == [1, 2, 3]  # MultiSteps calls its optimizer every time and throws two results away
-    tiny.assert_close(params, tiny.step_of(optax.chain(ssam(), optax.sgd(0.1)))(
-        *start(optax.chain(ssam(), optax.sgd(0.1))), tiny.BATCHES[:3].reshape(9, 4))[0])
+    tiny.assert_close(
+        params,
+        tiny.step_of(optax.chain(ssam(), optax.sgd(0.1)))(
+            *start(optax.chain(ssam(), optax.sgd(0.1))), tiny.BATCHES[:3].reshape(9, 4)
+        )[0],
+    )
     assert int(state.inner_opt_state[0].step) == 1
 
 
@@ -369,7 +375,9 @@ MAPPED = {
 def test_tree_map_params_maps_what_is_shaped_like_the_parameters(rule):
     tx = optax.chain(ssam(MAPPED[rule]()), optax.adam(1e-2))
     state = tx.init(tiny.params())
-    mapped = optax.tree_utils.tree_map_params(tx, lambda _: "parameter", state, transform_non_params=lambda _: "other")
+    mapped = optax.tree_utils.tree_map_params(
+        tx, lambda _: "parameter", state, transform_non_params=lambda _: "other"
+    )
     names = jax.tree.map(lambda _: "parameter", tiny.PARAMS)
     assert mapped[1][0].mu == names
     assert mapped[0].step == mapped[0].leaf_sizes == "other"

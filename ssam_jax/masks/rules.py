@@ -139,7 +139,7 @@ def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool]) -> MaskRule:
 
 def _answer(predicate: Callable[[str], bool], path: str) -> jax.Array:
     answer = predicate(path)
-    if not isinstance(answer, bool) and getattr(answer, "dtype", None) != bool:
+    if not isinstance(answer, bool) and getattr(answer, "dtype", None) != jnp.bool_:
         raise TypeError(f"the predicate given to fixed_mask must return a bool, got {answer!r} for {path!r}.")
     return jnp.array(answer)
 

@@ -22,7 +22,7 @@ class Config:
     """Scores in all, spread over ten leaves."""
     side: int = 4096
     """Rows and columns of the matrix for 2:4."""
-    repeats: int = 7
+    repeats: int = 3
     """Timed calls of each candidate; the median counts."""
 
 

@@ -22,11 +22,11 @@ from ssam_jax import NM, Structured, Unstructured, dynamic_mask, fisher_mask
 class Config:
     """Sizes of the comparison."""
 
-    width: int = 32
+    width: int = 16
     """Channels of the first stage; the two after it have twice and four times as many."""
     batch: int = 32
     """Images of 32 x 32 x 3 in a step."""
-    repeats: int = 15
+    repeats: int = 11
     """Timed steps of each candidate; the median counts."""
 
 

@@ -4,6 +4,8 @@ Run ``python benchmarks/selection.py``; ``--help`` lists the sizes.
 """
 
 import dataclasses
+import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax import lax
 from timing import medians, print_setting, print_table
 
 import ssam_jax
+from ssam_jax.masks import selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +82,48 @@ def two_of_four(config: Config) -> None:
     print_table(times, "ssam_jax.NM(2, 4)")
 
 
+def design(config: Config) -> None:
+    """Show what the search is built on: pivots a pass, and one reduction in place of several."""
+    keys = jax.random.bits(jax.random.key(2), (10, config.scores // 10), jnp.uint32)
+    pivots = jnp.arange(1, 8, dtype=jnp.uint32) * jnp.uint32(2**29)
+    one_reduction = jax.jit(selection._count_at_least)
+    seven_sums = jax.jit(lambda k, ps: jnp.stack([jnp.sum(k >= p, dtype=jnp.int32) for p in ps]))
+    times = medians(
+        {
+            "one reduction of seven operands": lambda: one_reduction(keys, pivots),
+            "seven sums": lambda: seven_sums(keys, pivots),
+        },
+        config.repeats,
+    )
+    print(f"\nCounting {keys.size:,} keys at or above seven pivots\n")
+    print_table(times, "one reduction of seven operands")
+
+    scores = jax.random.normal(jax.random.key(3), keys.shape) ** 2
+    chosen, searches = selection.PIVOTS, {}
+    for selection.PIVOTS in (3, 7, 15):
+        search = jax.jit(lambda x: ssam_jax.Unstructured(0.5)(x)).lower(scores).compile()
+        searches[f"{selection.PIVOTS} pivots a pass"] = functools.partial(search, scores)
+    selection.PIVOTS = chosen
+    times = medians(searches, config.repeats)
+    print(f"\nGlobal selection of {scores.size // 2:,} out of {scores.size:,} scores in one leaf\n")
+    print_table(times, "7 pivots a pass")
+
+
+def compile_time() -> None:
+    """Print how long a selection takes to compile, which grows with the number of leaves."""
+    print("\n| leaves | compile time of a selection, s |\n| ---: | ---: |")
+    for count in (10, 40, 160):
+        leaves = [jnp.zeros((64, 100 + i)) for i in range(count)]
+        lowered = jax.jit(lambda xs: ssam_jax.Unstructured(0.5)(xs)).lower(leaves)
+        start = time.perf_counter()
+        lowered.compile()
+        print(f"| {count} | {time.perf_counter() - start:.1f} |")
+
+
 if __name__ == "__main__":
     config = tyro.cli(Config, description=__doc__)
     print_setting()
     global_selection(config)
     two_of_four(config)
+    design(config)
+    compile_time()

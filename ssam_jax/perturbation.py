@@ -11,7 +11,7 @@ from ssam_jax.typing import Gradients, Mask, Params, Scalar
 Normalize = Literal["global", "masked"]
 
 ASAM_ETA = 0.01
-"""Added to ``|w|`` for stability, the value of ASAM's authors (arXiv 2102.11600, section 4)."""
+"""Added to ``|w|`` for stability, the value of ASAM's authors (arXiv 2102.11600)."""
 
 BIAS_NAMES = ("b", "beta", "offset")
 """Last parts of a path that mean a bias besides those that contain "bias" (Haiku, TensorFlow)."""
@@ -30,7 +30,7 @@ def perturb(
 
     .. math:: w + \rho \, m \odot g / \|g\|_2
 
-    (arXiv 2306.17504, eq. 5; SAM itself: arXiv 2010.01412, eq. 2). ASAM (arXiv 2102.11600, eq. 8)
+    (arXiv 2306.17504; SAM itself: arXiv 2010.01412, eq. 2). ASAM (arXiv 2102.11600)
     replaces the perturbation by :math:`\rho \, T^2 g / \|T g\|_2` with :math:`T = |w| + 0.01`, and
     :math:`T = 1` for biases, as its authors do.
 

@@ -58,11 +58,12 @@ def ssam(
       skip_zero_rho: put the second pass under ``lax.cond``, so that a traced rho of 0 skips it. Off
         by default because gradients under a conditional can be slow (convolutions on CPU) and the
         conditional makes a GPU wait; where the schedule is known, two compiled steps are better.
+        What ``grad_fn`` returns is cast to the dtypes of the gradient then.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a `SsamState`. Its ``update`` raises
 
-      - TypeError if ``grad_fn`` is missing or returns a tree of other dtypes under ``skip_zero_rho``;
+      - TypeError if ``grad_fn`` is missing;
       - ValueError if ``params`` is missing, if ``grad_fn`` returns a tree of another structure or of
         other shapes than the gradient, or if it is inside ``optax.masked``.
 

@@ -56,7 +56,7 @@ def dynamic_mask(
 
     .. math:: f(t) = \frac{f_0}{2} \left(1 + \cos(\pi t / T_{end})\right)
 
-    and 0 after T_end (arXiv 2306.17504, section 4.3). If fewer entries are idle than would be
+    and 0 after T_end (arXiv 2306.17504). If fewer entries are idle than would be
     dropped, only so many are. Among equal scores the entry of lower index is kept, or grown.
 
     Args:

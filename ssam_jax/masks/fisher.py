@@ -47,7 +47,7 @@ def fisher_mask(
 
     In the loop, the score is an exponential running mean of the squared mini-batch descent
     gradient: the usual stand-in, which costs no extra pass. It is not the empirical Fisher of the
-    paper (arXiv 2306.17504, section 4.2), which averages the squares of single examples' gradients:
+    paper (arXiv 2306.17504), which averages the squares of single examples' gradients:
     for that, set ``refresh_every=None`` and every epoch or so
     ``opt_state = set_mask(opt_state, pattern(empirical_fisher(...)))``.
 
@@ -121,7 +121,7 @@ def empirical_fisher(
 
     .. math:: F_i = \frac1N \sum_n \left(\partial_{w_i} \log p(y_n \mid x_n, w)\right)^2
 
-    the mean over examples of the square of each one's own gradient (arXiv 2306.17504, eq. 6). Call
+    the mean over examples of the square of each one's own gradient (arXiv 2306.17504). Call
     it inside ``jit``. Memory is that of ``chunk_size`` gradients, however many examples there are.
 
     Args:

@@ -109,8 +109,8 @@ class Unstructured(UnitPattern):
 
     Attributes:
       sparsity: the share of entries that are NOT perturbed, 0 to 1.
-      scope: ``"global"`` ranks the whole tree at once, as the paper does (arXiv 2306.17504,
-        section 4); ``"leaf"`` gives every leaf the same density.
+      scope: ``"global"`` ranks the whole tree at once, as the paper does (arXiv 2306.17504);
+        ``"leaf"`` gives every leaf the same density.
 
     >>> import jax.numpy as jnp
     >>> Unstructured(sparsity=0.5)({"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 0.0])})

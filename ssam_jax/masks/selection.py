@@ -16,7 +16,7 @@ from jax import lax
 
 PIVOTS = 7
 """Pivots of one pass, a power of two less one: three bits of the answer. More pivots mean fewer
-reads but more comparisons; on CPUs 3, 7 and 15 take 32, 33 and 77 ms for 10 M scores."""
+reads but more comparisons; `benchmarks/selection.py` compares 3, 7 and 15."""
 
 LARGEST_LEAF = 2**31 - 1
 """Counts within one array are int32; counts over several arrays may exceed it (see `_Count`)."""
@@ -266,7 +266,7 @@ def _count_at_least(keys: jax.Array, pivots: jax.Array) -> jax.Array:
     """Count the keys at or above each pivot, int32 of shape (pivots,), in one pass.
 
     One reduction with an operand for each pivot reads the keys once; separate sums read them once
-    each, and XLA's CPU backend vectorises this form alone (20 times faster than a sum of bools).
+    each, and XLA's CPU backend vectorises this form alone (`benchmarks/selection.py`).
     """
     above = tuple((keys >= pivot).astype(jnp.int32) for pivot in pivots)
 

@@ -492,3 +492,18 @@ def test_dynamic_refuses_patterns_that_cannot_be_traded(pattern, error, message)
 def test_dynamic_refuses_options_that_make_no_sense(options, error, message):
     with pytest.raises(error, match=message):
         RULES["dynamic"](HALF, **options)
+
+
+def test_a_pattern_that_cannot_be_hashed_is_refused():
+    class Mutable(Positive):
+        __hash__ = None
+
+    with pytest.raises(TypeError, match="pattern must be hashable"):
+        random_mask(Mutable())
+
+
+def test_a_first_mask_needs_no_common_device_of_the_parameters():
+    first, second = jax.devices()[:2]
+    params = {"a": jax.device_put(jnp.ones((2, 4)), first), "b": jax.device_put(jnp.ones((2, 4)), second)}
+    mask = random_mask(NM(1, 2)).init(params).mask
+    assert [int(leaf.sum()) for leaf in jax.tree.leaves(mask)] == [4, 4]

@@ -187,12 +187,14 @@ def mask_churn(old: Mask, new: Mask) -> jax.Array:
 
 def first_mask(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
     """Return a random mask that obeys the pattern: masked from the first step on."""
-    return _compiled_random(pattern, key, params)
+    leaves, treedef = jax.tree.flatten(params)
+    return _draw(pattern, treedef, tuple(jnp.shape(leaf) for leaf in leaves), key)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _compiled_random(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(pattern: Pattern, treedef: Any, shapes: tuple[tuple[int, ...], ...], key: jax.Array) -> Mask:
     """Draw under ``jit``: op by op, ``init`` would compile every operation by itself."""
+    params = treedef.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
     return pattern.random(as_key(key), params)
 
 
@@ -207,12 +209,14 @@ def as_key(data: Any) -> jax.Array:
 
 
 def check_pattern(pattern: Any) -> None:
-    """Raise TypeError unless ``pattern`` is a `Pattern`."""
+    """Raise TypeError unless ``pattern`` is a hashable `Pattern`."""
     if not isinstance(pattern, Pattern):
         raise TypeError(
             "pattern must be a Pattern such as Unstructured(sparsity=0.5), Structured(...) or"
             f" NM(2, 4), got {pattern!r}."
         )
+    if type(pattern).__hash__ is None:
+        raise TypeError(f"pattern must be hashable (a frozen dataclass, for instance), got {pattern!r}.")
 
 
 def check_seed(seed: Any) -> None:

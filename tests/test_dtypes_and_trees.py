@@ -63,7 +63,7 @@ def test_a_traced_radius_of_another_dtype_changes_no_dtype(skip_zero_rho):
 
 
 def test_alternating_keeps_the_dtypes_of_a_mixed_tree():
-    tx = ssam_jax.alternating(optax.sgd(0.1), 0.5, ssam_jax.fixed_mask(True_of(MIXED)))
+    tx = ssam_jax.alternating(optax.sgd(0.1), 0.5, ssam_jax.fixed_mask(all_true(MIXED)))
     params = cast(MIXED)
     state = tx.init(params)
     before = tiny.spec((params, state))
@@ -74,14 +74,14 @@ def test_alternating_keeps_the_dtypes_of_a_mixed_tree():
         assert tiny.spec((params, state)) == before
 
 
-def True_of(tree):  # noqa: N802
+def all_true(tree):
     return jax.tree.map(lambda _: True, tree)
 
 
 def test_a_descent_gradient_of_another_dtype_is_accepted():
     params = cast({"a": jnp.bfloat16})
     wide = {"a": jnp.ones((2, 4), jnp.float32)}
-    updates, state, _ = sgd_step(ssam_jax.ssam(0.1, ssam_jax.fixed_mask(True_of(params))), params, wide)
+    updates, state, _ = sgd_step(ssam_jax.ssam(0.1, ssam_jax.fixed_mask(all_true(params))), params, wide)
     assert updates["a"].dtype == jnp.float32
     assert int(state.step) == 1
 

@@ -1,5 +1,6 @@
 """Sparse sharpness-aware minimization for JAX, as composable optax transformations."""
 
+from ssam_jax.active import FirstRow as FirstRow
 from ssam_jax.alternating import AlternatingState as AlternatingState
 from ssam_jax.alternating import alternating as alternating
 from ssam_jax.masks.dynamic import DynamicState as DynamicState
@@ -22,5 +23,7 @@ from ssam_jax.state import get_mask as get_mask
 from ssam_jax.state import mask_stats as mask_stats
 from ssam_jax.state import set_mask as set_mask
 from ssam_jax.transform import ssam as ssam
+from ssam_jax.two_pass import TwoPassGradFn as TwoPassGradFn
+from ssam_jax.two_pass import two_pass_value_and_grad as two_pass_value_and_grad
 
 __version__ = "0.1.0"

@@ -1,12 +1,15 @@
 """The state of `ssam`, and how to read and replace the mask in it, wherever it is nested."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ssam_jax import trees
+from ssam_jax.active import Active, FirstRow
 from ssam_jax.masks.rules import mask_churn
 from ssam_jax.typing import Mask
 
@@ -87,11 +90,13 @@ def set_mask(opt_state: chex.ArrayTree, mask: Mask) -> Any:
     return jax.tree.map(lambda s: changed if _is_state(s) else s, opt_state, is_leaf=_is_state)
 
 
-def active_leaves(opt_state: chex.ArrayTree) -> tuple[bool, ...]:
+def active_leaves(opt_state: chex.ArrayTree) -> Active:
     """Return for each leaf, in flattening order, whether any of it is perturbed.
 
-    The tuple is hashable, to be a static argument of ``jit``. It reads the mask's values: call it
-    between steps.
+    For a leaf of two dimensions or more whose mask is all True or all False in every row, such as
+    the stacked layers of a scan masked by layer, and whose first row is not perturbed, it is the
+    `FirstRow` that is. The tuple is hashable, to be a static argument of ``jit``. It reads the mask's
+    values: call it between steps.
 
     Args:
       opt_state: as for `get_mask`.
@@ -108,7 +113,20 @@ def active_leaves(opt_state: chex.ArrayTree) -> tuple[bool, ...]:
             "active_leaves reads the mask's values, which are not known under jit. Call it between"
             " steps and pass the tuple on as a static argument."
         )
-    return tuple(bool(active) for active in jax.device_get([jnp.any(leaf) for leaf in leaves]))
+    rows = jax.device_get([(_by_row(jnp.any, leaf), _by_row(jnp.all, leaf)) for leaf in leaves])
+    return tuple(_activity(some, whole) for some, whole in rows)
+
+
+def _by_row(reduce: Callable[..., jax.Array], mask: jax.Array) -> jax.Array:
+    """Reduce a mask to one value a row; one of fewer than two dimensions to a single value."""
+    return reduce(mask, axis=tuple(range(1, mask.ndim))) if mask.ndim > 1 else reduce(mask)[None]
+
+
+def _activity(some: np.ndarray, whole: np.ndarray) -> bool | FirstRow:
+    if not some.any():
+        return False
+    first = int(some.argmax())
+    return FirstRow(first) if first and (some == whole).all() else True
 
 
 def mask_stats(opt_state: chex.ArrayTree) -> MaskStats:

@@ -48,8 +48,11 @@ def ssam(
         ``optax.inject_hyperparams``), or an optax schedule of the steps taken.
       mask: a `MaskRule` such as `fisher_mask`, `dynamic_mask`, `random_mask` or `fixed_mask`; None
         perturbs everything, which is SAM.
-      form: ``"explicit"`` masks the perturbation; ``"implicit"`` is not available yet.
-      normalize: ``"global"``: ``||eps|| <= rho``, the paper's; ``"masked"``: ``||eps|| = rho``.
+      form: ``"explicit"`` masks the perturbation; ``"implicit"`` leaves it whole and takes gradient and
+        ``grad_fn`` from ``two_pass_value_and_grad(loss_fn, form="implicit")``, whose first backward
+        pass is masked.
+      normalize: ``"global"``: ``||eps|| <= rho``, the paper's; ``"masked"``: ``||eps|| = rho``, the only
+        one for a gradient of the active leaves alone, as `two_pass_value_and_grad` gives it.
       adaptive: ASAM (arXiv 2102.11600): eps scales with the parameters, but for biases, which are
         known by the last part of their path ("bias", Haiku's "b" and "offset").
       ascent_steps: gradient steps to the perturbed point, each ``rho`` long and from where the last
@@ -65,12 +68,13 @@ def ssam(
 
       - TypeError if ``grad_fn`` is missing;
       - ValueError if ``params`` is missing, if ``grad_fn`` returns a tree of another structure or of
-        other shapes than the gradient, or if it is inside ``optax.masked``.
+        other shapes than the gradient, if it is inside ``optax.masked``, or if ``grad_fn`` comes from a
+        `two_pass_value_and_grad` of the other form, or of active leaves without
+        ``normalize="masked"``.
 
     Raises:
       TypeError: an argument is of the wrong kind.
-      ValueError: an argument is out of range.
-      NotImplementedError: ``form="implicit"``.
+      ValueError: an argument is out of range, or does not go with ``form="implicit"``.
 
     References:
       Mi et al., `Systematic Investigation of Sparse Perturbed Sharpness-Aware Minimization Optimizer
@@ -85,10 +89,10 @@ def ssam(
     Array([-1.53, -2.04], dtype=float32)
     """
     check_options(rho, mask, normalize=normalize, adaptive=adaptive, ascent_steps=ascent_steps)
-    if form == "implicit":
-        raise NotImplementedError("form='implicit' is not available yet; use form='explicit'.")
-    if form != "explicit":
+    if form not in ("explicit", "implicit"):
         raise ValueError(f"form must be 'explicit' or 'implicit', got {form!r}.")
+    if form == "implicit" and mask is None:
+        raise ValueError("form='implicit' needs a mask rule, such as mask=fixed_mask(tree); got mask=None.")
     if not isinstance(skip_zero_rho, bool):
         raise TypeError(f"skip_zero_rho must be a bool, got {skip_zero_rho!r}.")
     never = is_static(rho) and rho == 0
@@ -97,11 +101,17 @@ def ssam(
         updates: Gradients, params: Params, mask: Mask | None, grad_fn: GradFn, radius: Scalar
     ) -> Gradients:
         point, grads = params, updates
-        for i in range(ascent_steps or 1):
+        last = (ascent_steps or 1) - 1
+        for i in range(last + 1):
             point = perturb(point, grads, rho=radius, mask=mask, normalize=normalize, adaptive=adaptive)
-            grads = grad_fn(point, i)
+            grads = (grad_fn if i == last else getattr(grad_fn, "ascent", grad_fn))(point, i)
             trees.check_same_shapes(grads, updates, "what grad_fn returns", "the gradient")
         return grads
+
+    def gradient_here(updates: Gradients, params: Params, grad_fn: GradFn) -> Gradients:
+        """Return the gradient where the parameters are: the one given, if it is whole and exact."""
+        exact = form == "explicit" and not getattr(grad_fn, "partial", False)
+        return updates if exact else grad_fn(params, 0)
 
     def init(params: Params) -> SsamState:
         return init_state(params, mask)
@@ -121,16 +131,19 @@ def ssam(
                 " grad_fn(params, i) -> grads. Pass grad_fn=None to take a step without the ascent"
                 " on purpose. A wrapper that drops extra arguments needs ssam_jax.alternating."
             )
-        if never or grad_fn is None:
+        if grad_fn is _MISSING or grad_fn is None:
             descent = updates
         else:
+            check_grad_fn(grad_fn, form=form, normalize=normalize)
             radius = rho(state.step) if callable(rho) else rho
-            current = None if mask is None else state.mask_state.mask
-            args = (updates, params, current, grad_fn, radius)
-            if skip_zero_rho and not is_static(radius):
+            masked = mask is not None and form == "explicit"
+            args = (updates, params, state.mask_state.mask if masked else None, grad_fn, radius)
+            if never:
+                descent = gradient_here(updates, params, grad_fn)
+            elif skip_zero_rho and not is_static(radius):
                 descent = jax.lax.cond(
                     jnp.asarray(radius) == 0,
-                    lambda: updates,
+                    lambda: _cast_like(gradient_here(updates, params, grad_fn), updates),
                     lambda: _cast_like(descent_gradient(*args), updates),
                 )
             else:
@@ -208,6 +221,22 @@ def check_update(updates: Gradients, params: Params | None) -> None:
         raise ValueError("ssam needs the parameters: call tx.update(grads, state, params, grad_fn=grad_fn).")
     trees.check_not_partial(params)
     trees.check_same_shapes(updates, params, "the gradient", "params")
+
+
+def check_grad_fn(grad_fn: Any, *, form: str, normalize: str) -> None:
+    """Raise unless the gradient that ``grad_fn`` came with is of the form that `ssam` expects."""
+    given = getattr(grad_fn, "form", "explicit")
+    if given != form:
+        raise ValueError(
+            f"this is ssam(form={form!r}), but gradient and grad_fn are of the {given} form; take both from"
+            f" two_pass_value_and_grad(loss_fn, form={form!r}), or make it ssam(form={given!r})."
+        )
+    if getattr(grad_fn, "partial", False) and normalize != "masked":
+        raise ValueError(
+            "two_pass_value_and_grad(..., active=active) computes the ascent gradient of the active leaves"
+            " alone, whose norm is not the whole gradient's: it needs ssam(..., normalize='masked'), got"
+            f" normalize={normalize!r}."
+        )
 
 
 def is_static(rho: Any) -> bool:

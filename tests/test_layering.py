@@ -17,6 +17,7 @@ ROOT = pathlib.Path(ssam_jax.__file__).parent
 LAYERS = [
     ["typing"],
     ["trees"],
+    ["active"],
     ["masks"],
     ["masks.selection"],
     ["masks.patterns"],
@@ -27,8 +28,10 @@ LAYERS = [
     ["transform"],
     ["alternating"],
     ["tracing"],
-    ["implicit"],
+    ["weights", "knapsack"],
+    ["splitting", "costs", "implicit"],
     ["two_pass"],
+    ["choosing"],
     [""],  # ssam_jax itself
     ["linen", "nnx", "sharpness", "plotting"],
 ]

@@ -317,7 +317,7 @@ def test_a_mask_rule_gets_both_gradients_and_its_new_mask_serves_the_next_step()
         (TypeError, "ascent_steps.*2.0", 0.1, {"ascent_steps": 2.0}),
         (TypeError, "ascent_steps.*True", 0.1, {"ascent_steps": True}),
         (TypeError, "skip_zero_rho.*1", 0.1, {"skip_zero_rho": 1}),
-        (NotImplementedError, "implicit", 0.1, {"form": "implicit"}),
+        (ValueError, "implicit.*mask=None", 0.1, {"form": "implicit"}),
         (ValueError, "form.*'other'", 0.1, {"form": "other"}),
     ],
 )

@@ -1,0 +1,297 @@
+"""The fast road: both passes of SAM from one trace of the loss, the forward work they share done once."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssam_jax import splitting, tracing, trees
+from ssam_jax.active import Active, check_active
+from ssam_jax.typing import Gradients, Mask, Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TwoPassGradFn:
+    """The gradient elsewhere, as ``tx.update`` expects it: ``grad_fn(params, step)``.
+
+    Only the active leaves of ``params`` are read; the others are those that the clean pass had.
+
+    Attributes:
+      value_and_grad: ``value_and_grad(params, step) -> (value, grads)``: what a call returns, and
+        the loss, or ``(loss, aux)``, that the descent pass finds on the way.
+      ascent: ``ascent(params, step) -> grads``: another gradient like the first, of the active leaves,
+        and in the implicit form masked; for every step but the last of several ascent steps.
+      partial: whether the ascent gradient that came with it is zero outside the active leaves, so
+        that only ``ssam(normalize="masked")`` fits it.
+      form: ``"explicit"`` or ``"implicit"``.
+    """
+
+    value_and_grad: Callable[[Params, int], tuple[Any, Gradients]]
+    ascent: Callable[[Params, int], Gradients]
+    partial: bool
+    form: Literal["explicit", "implicit"]
+
+    def __call__(self, params: Params, step: int = 0, /) -> Gradients:
+        """Return the whole gradient at ``params``."""
+        return self.value_and_grad(params, step)[1]
+
+
+def two_pass_value_and_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    form: Literal["explicit", "implicit"] = "explicit",
+    strict: bool = True,
+) -> Callable[..., tuple[Any, Gradients, TwoPassGradFn]]:
+    """Return a function that computes what a step of `ssam` needs, for less than two gradients.
+
+    It takes the place of ``jax.value_and_grad`` in a training step, inside ``jit``::
+
+        value, grads, grad_fn = two_pass_value_and_grad(loss_fn)(params, *args, active=active)
+        updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+
+    with ``tx`` starting with ``ssam(rho, mask, normalize="masked")`` and ``active`` a static argument
+    of ``jit``, from ``active_leaves(state)``.
+
+    The equations of the traced loss are split by data flow. Those that depend on no active leaf are
+    computed once, with their gradient, for both passes; of the others the first pass computes the
+    gradient of the active leaves alone. If these do the share p of an SGD step's work, the two passes
+    cost 1 + p SGD steps; plain SAM costs 2. A nested ``jit`` is looked into, a ``jax.checkpoint`` block
+    is cut in two, and a ``lax.scan`` over stacked parameters is cut by rows; what is computed, and by
+    which derivative rules, stays as it is. A ``jax.pure_callback`` that depends on no active leaf is
+    called once, not twice. A loss with side effects (``jax.debug.print``, ``io_callback``, refs) takes
+    the plain road, two whole passes, with a warning that names the equation.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``. It
+        must be the same function of its arguments in both passes: pass a dropout key in ``args``.
+      has_aux: whether ``loss_fn`` returns a pair.
+      form: ``"explicit"``: the ascent gradient is exact, and `ssam` masks the perturbation;
+        ``"implicit"``: the first backward pass uses masked weights where it sends gradients to the
+        inputs of matrix products and convolutions (arXiv 2306.17504, section on implicit SSAM), for
+        ``ssam(..., form="implicit")``.
+      strict: in the implicit form, whether a masked parameter that reaches a product by a way that
+        cannot be followed is an error; otherwise it is a warning, and that product is not masked.
+
+    Returns:
+      ``f(params, *args, active=None, mask=None) -> (value, grads, grad_fn)``.
+
+      - ``params``: pytree of floating-point arrays. Leaves of ``args`` that are no arrays stay static.
+      - ``active``: None for all, or a tuple with an entry for each leaf in flattening order: True,
+        False, or for a stacked leaf the first perturbed row (`FirstRow`). `active_leaves` returns it
+        for a mask. One that is out of date perturbs other leaves than the mask says, never wrongly.
+      - ``mask``: for the implicit form: a tree like ``params`` of bools or of bool arrays that
+        broadcast against the leaves, as `get_mask` returns it; or a tuple like ``active``. Python's
+        bools, and arrays that are not traced, are known while compiling: an all-False one makes the
+        compiler drop the product.
+      - ``value``: the loss of the clean pass, or ``(loss, aux)``: BatchNorm statistics come from here.
+      - ``grads``: the ascent gradient of the active leaves, zeros elsewhere; like ``params``.
+      - ``grad_fn``: a `TwoPassGradFn`, whose gradients are whole and exact in both forms.
+
+      It raises
+
+      - TypeError if a parameter is not a real floating-point array, if the loss is not one, or if
+        ``active`` is traced;
+      - ValueError if the loss is not a scalar, if ``active`` or ``mask`` does not fit ``params``, if
+        ``mask`` is missing or given to the explicit form, or, ``strict``, if a mask cannot be followed.
+
+    Raises:
+      TypeError: ``loss_fn`` is not callable, or ``has_aux`` or ``strict`` is not a bool.
+      ValueError: ``form`` is neither of the two.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def loss_fn(params, x):
+    ...     return jnp.sum(jnp.tanh(x @ params["body"]) @ params["head"])
+    >>> params = {"body": jnp.eye(2), "head": jnp.ones(2)}
+    >>> f = two_pass_value_and_grad(loss_fn)
+    >>> value, grads, grad_fn = f(params, jnp.ones((3, 2)), active=(False, True))
+    >>> jax.tree.map(jnp.linalg.norm, grads)
+    {'body': Array(0., dtype=float32), 'head': Array(3.231291, dtype=float32)}
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (params, *args), got {loss_fn!r}.")
+    for name, option in (("has_aux", has_aux), ("strict", strict)):
+        if not isinstance(option, bool):
+            raise TypeError(f"{name} must be a bool, got {option!r}.")
+    if form not in ("explicit", "implicit"):
+        raise ValueError(f"form must be 'explicit' or 'implicit', got {form!r}.")
+
+    def two_pass(
+        params: Params, *args: Any, active: Active | None = None, mask: Mask | Active | None = None
+    ) -> tuple[Any, Gradients, TwoPassGradFn]:
+        trees.check_floating(params, "params")
+        chosen = check_active(active, params)
+        masks = None
+        loss = trace_loss(loss_fn, params, *args, has_aux=has_aux)
+        effect = tracing.side_effect(loss.traced.jaxpr)
+        if effect is None:
+            passes = _shared_passes(loss, params, chosen, masks, strict)
+        else:
+            warnings.warn(
+                f"the loss has a side effect, {effect}, so that two_pass_value_and_grad computes both"
+                " passes whole and saves nothing. Take it out of the loss.",
+                stacklevel=2,
+            )
+            passes = _whole_passes(lambda p: loss_fn(p, *args), params, chosen, has_aux=has_aux)
+        value, grads = passes.ascent(params)
+        grad_fn = TwoPassGradFn(
+            value_and_grad=lambda params, step: passes.descent(params),
+            ascent=lambda params, step: passes.ascent(params)[1],
+            partial=any(entry is not True for entry in chosen),
+            form=form,
+        )
+        return value, grads, grad_fn
+
+    return two_pass
+
+
+class TracedLoss(NamedTuple):
+    """A traced loss and how to make its value and aux again.
+
+    Attributes:
+      traced: its equations; the first result is the loss, the others the arrays of aux.
+      rebuild: from the results to what ``loss_fn`` returns.
+    """
+
+    traced: tracing.Traced
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def trace_loss(loss_fn: Callable[..., Any], params: Params, *args: Any, has_aux: bool) -> TracedLoss:
+    """Trace ``loss_fn(params, *args)``, or raise unless it returns what it should."""
+    aux: dict[str, Any] = {"leaves": [], "tree": None}
+
+    def flat(params: Params, *args: Any) -> list[Any]:
+        value = loss_fn(params, *args)
+        if has_aux:
+            if not isinstance(value, tuple) or len(value) != 2:
+                raise TypeError(f"loss_fn must return (loss, aux) with has_aux=True, got {value!r}.")
+            value, rest = value
+            aux["leaves"], aux["tree"] = jax.tree.flatten(rest)
+        check_loss(value)
+        return [value, *filter(_is_array, aux["leaves"])]
+
+    traced = tracing.trace(flat, params, *args)
+    static = [_ARRAY if _is_array(leaf) else leaf for leaf in aux["leaves"]]
+
+    def rebuild(results: Sequence[Any]) -> Any:
+        value, *arrays = results
+        if not has_aux:
+            return value
+        remaining = iter(arrays)
+        leaves = [next(remaining) if leaf is _ARRAY else leaf for leaf in static]
+        return value, jax.tree.unflatten(aux["tree"], leaves)
+
+    return TracedLoss(traced, rebuild)
+
+
+_ARRAY = object()
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+
+
+def check_loss(value: Any) -> None:
+    """Raise unless ``value`` is a real floating-point scalar."""
+    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            "loss_fn must return a real floating-point scalar (and aux with has_aux=True), got"
+            f" {value.dtype if hasattr(value, 'dtype') else value!r}."
+        )
+    if jnp.shape(value) != ():
+        raise ValueError(f"loss_fn must return a scalar, got an array of shape {jnp.shape(value)}.")
+
+
+class Passes(NamedTuple):
+    """The two passes, each from parameters to value, or value and aux, and a gradient.
+
+    Attributes:
+      ascent: the gradient of the active leaves, zeros elsewhere.
+      descent: the whole gradient.
+    """
+
+    ascent: Callable[[Params], tuple[Any, Gradients]]
+    descent: Callable[[Params], tuple[Any, Gradients]]
+
+
+def _shared_passes(
+    loss: TracedLoss, params: Params, active: Active, masks: list[Any] | None, strict: bool
+) -> Passes:
+    """Return the two passes, which share what does not depend on an active leaf of ``params``."""
+    leaves, tree = jax.tree.flatten(params)
+    cuts = splitting.pieces(leaves, active)
+    values = [cut.of(leaves[cut.leaf]) for cut in cuts]
+    jaxpr, consts = splitting.unfold(loss.traced, cuts, values)
+    args = loss.traced.args
+    halves = splitting.split(jaxpr, [*(cut.active for cut in cuts), *(False for _ in args)])
+
+    fixed = [value for cut, value in zip(cuts, values) if not cut.active]
+    fixed_vars = halves.prefix.invars[len(consts) : len(consts) + len(fixed)]
+    graded = [
+        depends and tracing.is_inexact(var)
+        for var, depends in zip(halves.cut, splitting.depends(halves.prefix, fixed_vars))
+    ]
+
+    def prefix(fixed: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = tracing.evaluate(halves.prefix, (), [*consts, *fixed, *args])
+        return _where(graded, results), _where([not is_graded for is_graded in graded], results)
+
+    def suffix(moving: list[Any], cut_graded: list[Any]) -> tuple[Any, list[Any]]:
+        results = tracing.evaluate(halves.suffix, (), [*moving, *_merged(graded, cut_graded, cut_rest)])
+        return results[0], results[1:]
+
+    cut_graded, prefix_vjp, cut_rest = jax.vjp(prefix, fixed, has_aux=True)
+
+    def active_pieces(params: Params) -> list[Any]:
+        leaves = jax.tree.leaves(params)
+        return [cut.of(leaves[cut.leaf]) for cut in cuts if cut.active]
+
+    def gradients(of_moving: list[Any], of_fixed: list[Any]) -> Gradients:
+        merged = _merged([cut.active for cut in cuts], of_moving, of_fixed)
+        return jax.tree.unflatten(tree, splitting.join(cuts, merged))
+
+    def ascent(params: Params) -> tuple[Any, Gradients]:
+        moving = active_pieces(params)
+        value, vjp, aux = jax.vjp(lambda moving: suffix(moving, cut_graded), moving, has_aux=True)
+        (of_moving,) = vjp(jnp.ones_like(value))
+        return loss.rebuild([value, *aux]), gradients(of_moving, jax.tree.map(jnp.zeros_like, fixed))
+
+    def descent(params: Params) -> tuple[Any, Gradients]:
+        value, vjp, aux = jax.vjp(suffix, active_pieces(params), cut_graded, has_aux=True)
+        of_moving, of_cut = vjp(jnp.ones_like(value))
+        (of_fixed,) = prefix_vjp(of_cut)
+        return loss.rebuild([value, *aux]), gradients(of_moving, of_fixed)
+
+    return Passes(ascent, descent)
+
+
+def _whole_passes(
+    loss_fn: Callable[[Params], Any], params: Params, active: Active, *, has_aux: bool
+) -> Passes:
+    """Return the two passes as plain gradients of the loss, which share nothing."""
+    both = jax.value_and_grad(loss_fn, has_aux=has_aux)
+    cuts = splitting.pieces(jax.tree.leaves(params), active)
+
+    def ascent(params: Params) -> tuple[Any, Gradients]:
+        value, grads = both(params)
+        leaves, tree = jax.tree.flatten(grads)
+        parts = [cut.of(leaves[cut.leaf]) for cut in cuts]
+        kept = [part if cut.active else jnp.zeros_like(part) for cut, part in zip(cuts, parts)]
+        return value, jax.tree.unflatten(tree, splitting.join(cuts, kept))
+
+    return Passes(ascent, both)
+
+
+def _where(chosen: Sequence[Any], items: Sequence[Any]) -> list[Any]:
+    return [item for item, is_chosen in zip(items, chosen) if is_chosen]
+
+
+def _merged(chosen: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+    """Return the items of ``first`` where chosen, of ``second`` elsewhere, in order."""
+    ones, others = iter(first), iter(second)
+    return [next(ones) if is_chosen else next(others) for is_chosen in chosen]

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ssam_jax import trees
 from ssam_jax.typing import Params
@@ -53,38 +54,42 @@ def check_active(active: Any, params: Params) -> Active:
       TypeError: an entry is neither a bool nor an int, such as an array, whose value ``jit`` hides.
       ValueError: the number of entries is not that of the leaves, or a row is not in its leaf.
     """
-    leaves = jax.tree.leaves(params)
     if active is None:
-        return (True,) * len(leaves)
+        return (True,) * len(jax.tree.leaves(params))
+    chosen = zip(entries(active, params, "active"), trees.leaf_paths(params), jax.tree.leaves(params))
+    return tuple(check_entry(*entry) for entry in chosen)
+
+
+def entries(choice: Any, params: Params, name: str) -> Sequence[Any]:
+    """Return the entries of a choice for each leaf: a tuple of them, or a tree like ``params``."""
     structure: Any = jax.tree.structure(params)
-    if jax.tree.structure(active) == structure:
-        entries: Sequence[Any] = jax.tree.leaves(active)
-    elif isinstance(active, (tuple, list)) and len(active) == len(leaves):
-        entries = active
-    else:
-        flat = isinstance(active, (tuple, list))
-        given = f"{len(active)} entries" if flat else f"{active!r}"
-        raise ValueError(
-            f"active must have one entry for each of the {len(leaves)} leaves of params, as"
-            f" ssam_jax.active_leaves returns it, got {given}."
-        )
-    return tuple(map(_check_entry, entries, trees.leaf_paths(params), leaves))
+    if jax.tree.structure(choice) == structure:
+        return jax.tree.leaves(choice)
+    flat = isinstance(choice, (tuple, list))
+    if flat and len(choice) == structure.num_leaves:
+        return choice
+    given = f"{len(choice)} entries" if flat else f"{choice!r}"
+    raise ValueError(
+        f"{name} must have one entry for each of the {structure.num_leaves} leaves of params: a tuple in"
+        f" their order, as ssam_jax.active_leaves returns it, or a tree like params. Got {given}."
+    )
 
 
-def _check_entry(entry: Any, path: str, leaf: Any) -> bool | FirstRow:
-    if isinstance(entry, bool) or type(entry).__name__ == "bool":
+def check_entry(entry: Any, path: str, leaf: Any, name: str = "active") -> bool | FirstRow:
+    """Return an entry as a bool or a `FirstRow` of the leaf, or raise."""
+    if isinstance(entry, (bool, np.bool_)):
         return bool(entry)
     try:
         row = operator.index(entry)
     except TypeError:
         raise TypeError(
-            f"active must hold True, False or the first perturbed row, known while tracing; for the leaf"
-            f" {path!r} it holds {entry!r}. Make active a static argument of jit."
+            f"{name} must hold True, False or the first perturbed row, known while tracing; for the leaf"
+            f" {path!r} it holds {entry!r}. Make {name} a static argument of jit."
         ) from None
     shape = jnp.shape(leaf)
     if not shape or not 0 <= row < shape[0]:
         raise ValueError(
-            f"active names row {row} as the first perturbed one of the leaf {path!r}, whose shape is"
+            f"{name} names row {row} as the first perturbed one of the leaf {path!r}, whose shape is"
             f" {shape}; it must be True, False or from 0 to one less than the first dimension."
         )
     return FirstRow(row) if row else True

@@ -100,7 +100,9 @@ def bind(eqn: JaxprEqn, operands: Sequence[Any], **params: Any) -> list[Any]:
     For primitives that carry their bodies as parameters (scan, cond, checkpoint) or have none;
     operands may have other shapes than in the equation.
     """
-    with eqn.ctx.manager:
+    info = eqn.source_info
+    names = source_info_util.current_name_stack() + info.name_stack
+    with source_info_util.user_context(info.traceback, name_stack=names), eqn.ctx.manager:
         out = eqn.primitive.bind(*operands, **{**eqn.params, **params})
     return list(out) if eqn.primitive.multiple_results else [out]
 

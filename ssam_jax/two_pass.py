@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssam_jax import splitting, tracing, trees
-from ssam_jax.active import Active, check_active
+from ssam_jax.active import Active, FirstRow, check_active, check_entry, entries
+from ssam_jax.implicit import masked_evaluate
 from ssam_jax.typing import Gradients, Mask, Params
+from ssam_jax.weights import cut_leaves, weight_fact
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,8 +111,10 @@ def two_pass_value_and_grad(
     >>> params = {"body": jnp.eye(2), "head": jnp.ones(2)}
     >>> f = two_pass_value_and_grad(loss_fn)
     >>> value, grads, grad_fn = f(params, jnp.ones((3, 2)), active=(False, True))
-    >>> jax.tree.map(jnp.linalg.norm, grads)
-    {'body': Array(0., dtype=float32), 'head': Array(3.231291, dtype=float32)}
+    >>> jax.tree.map(lambda grad: bool(jnp.any(grad)), grads)
+    {'body': False, 'head': True}
+    >>> jax.tree.map(lambda grad: bool(jnp.any(grad)), grad_fn(params, 0))
+    {'body': True, 'head': True}
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, *args), got {loss_fn!r}.")
@@ -125,7 +129,7 @@ def two_pass_value_and_grad(
     ) -> tuple[Any, Gradients, TwoPassGradFn]:
         trees.check_floating(params, "params")
         chosen = check_active(active, params)
-        masks = None
+        masks = _check_mask(mask, params, form)
         loss = trace_loss(loss_fn, params, *args, has_aux=has_aux)
         effect = tracing.side_effect(loss.traced.jaxpr)
         if effect is None:
@@ -136,7 +140,8 @@ def two_pass_value_and_grad(
                 " passes whole and saves nothing. Take it out of the loss.",
                 stacklevel=2,
             )
-            passes = _whole_passes(lambda p: loss_fn(p, *args), params, chosen, has_aux=has_aux)
+            exact = jax.value_and_grad(lambda p: loss_fn(p, *args), has_aux=has_aux)
+            passes = _whole_passes(loss, exact, params, chosen, masks, strict)
         value, grads = passes.ascent(params)
         grad_fn = TwoPassGradFn(
             value_and_grad=lambda params, step: passes.descent(params),
@@ -224,7 +229,8 @@ def _shared_passes(
 ) -> Passes:
     """Return the two passes, which share what does not depend on an active leaf of ``params``."""
     leaves, tree = jax.tree.flatten(params)
-    cuts = splitting.pieces(leaves, active)
+    by_row = [tuple(isinstance(mask, FirstRow) and mask for mask in masks)] if masks else []
+    cuts = splitting.pieces(leaves, active, *by_row)
     values = [cut.of(leaves[cut.leaf]) for cut in cuts]
     jaxpr, consts = splitting.unfold(loss.traced, cuts, values)
     args = loss.traced.args
@@ -236,16 +242,29 @@ def _shared_passes(
         depends and tracing.is_inexact(var)
         for var, depends in zip(halves.cut, splitting.depends(halves.prefix, fixed_vars))
     ]
+    facts = None if masks is None else _facts(cuts, params, masks)
 
-    def prefix(fixed: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = tracing.evaluate(halves.prefix, (), [*consts, *fixed, *args])
-        return _where(graded, results), _where([not is_graded for is_graded in graded], results)
+    def prefix(fixed: list[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
+        values = [*consts, *fixed, *args]
+        known: list[Any] = []
+        if facts is None:
+            results = tracing.evaluate(halves.prefix, (), values)
+        else:
+            given = [*(None for _ in consts), *facts[False], *(None for _ in args)]
+            results, known = masked_evaluate(halves.prefix, (), values, given, masked=False, strict=strict)
+        return _where(graded, results), (_where([not is_graded for is_graded in graded], results), known)
 
-    def suffix(moving: list[Any], cut_graded: list[Any]) -> tuple[Any, list[Any]]:
-        results = tracing.evaluate(halves.suffix, (), [*moving, *_merged(graded, cut_graded, cut_rest)])
+    cut_graded, prefix_vjp, (cut_rest, cut_facts) = jax.vjp(prefix, fixed, has_aux=True)
+
+    def suffix(moving: list[Any], cut_graded: list[Any], masked: bool = False) -> tuple[Any, list[Any]]:
+        values = [*moving, *_merged(graded, cut_graded, cut_rest)]
+        if not masked or facts is None:
+            results = tracing.evaluate(halves.suffix, (), values)
+        else:
+            given = [*facts[True], *cut_facts]
+            results, known = masked_evaluate(halves.suffix, (), values, given, masked=True, strict=strict)
+            _warn_of_cut_leaves(known[0], [trees.leaf_paths(params)[cut.leaf] for cut in cuts if cut.active])
         return results[0], results[1:]
-
-    cut_graded, prefix_vjp, cut_rest = jax.vjp(prefix, fixed, has_aux=True)
 
     def active_pieces(params: Params) -> list[Any]:
         leaves = jax.tree.leaves(params)
@@ -257,7 +276,7 @@ def _shared_passes(
 
     def ascent(params: Params) -> tuple[Any, Gradients]:
         moving = active_pieces(params)
-        value, vjp, aux = jax.vjp(lambda moving: suffix(moving, cut_graded), moving, has_aux=True)
+        value, vjp, aux = jax.vjp(lambda moving: suffix(moving, cut_graded, True), moving, has_aux=True)
         (of_moving,) = vjp(jnp.ones_like(value))
         return loss.rebuild([value, *aux]), gradients(of_moving, jax.tree.map(jnp.zeros_like, fixed))
 
@@ -271,20 +290,95 @@ def _shared_passes(
 
 
 def _whole_passes(
-    loss_fn: Callable[[Params], Any], params: Params, active: Active, *, has_aux: bool
+    loss: TracedLoss,
+    exact: Callable[[Params], tuple[Any, Gradients]],
+    params: Params,
+    active: Active,
+    masks: list[Any] | None,
+    strict: bool,
 ) -> Passes:
-    """Return the two passes as plain gradients of the loss, which share nothing."""
-    both = jax.value_and_grad(loss_fn, has_aux=has_aux)
+    """Return the two passes as whole gradients of the loss, which share nothing."""
     cuts = splitting.pieces(jax.tree.leaves(params), active)
+    paths = trees.leaf_paths(params)
+
+    def masked(params: Params, masks: list[Any]) -> tuple[Any, Any]:
+        leaves, traced = jax.tree.leaves(params), loss.traced
+        facts = _facts(splitting.pieces(leaves, (True,) * len(leaves)), params, masks)
+        values, given = [*leaves, *traced.args], [*facts[True], *(None for _ in traced.args)]
+        results, known = masked_evaluate(
+            traced.jaxpr, traced.consts, values, given, masked=True, strict=strict
+        )
+        _warn_of_cut_leaves(known[0], [path for path, entry in zip(paths, active) if entry is not False])
+        return results[0], loss.rebuild(results)
 
     def ascent(params: Params) -> tuple[Any, Gradients]:
-        value, grads = both(params)
+        if masks is None:
+            value, grads = exact(params)
+        else:
+            (_, value), grads = jax.value_and_grad(masked, has_aux=True)(params, masks)
         leaves, tree = jax.tree.flatten(grads)
         parts = [cut.of(leaves[cut.leaf]) for cut in cuts]
         kept = [part if cut.active else jnp.zeros_like(part) for cut, part in zip(cuts, parts)]
         return value, jax.tree.unflatten(tree, splitting.join(cuts, kept))
 
-    return Passes(ascent, both)
+    return Passes(ascent, exact)
+
+
+def _check_mask(mask: Any, params: Params, form: str) -> list[Any] | None:
+    """Return the implicit form's mask leaf by leaf: a bool, a `FirstRow` or a bool array of full rank."""
+    if form == "explicit":
+        if mask is not None:
+            raise ValueError(
+                "mask is for form='implicit', got one in form='explicit', where ssam masks the perturbation;"
+                " which leaves are perturbed at all is told by active."
+            )
+        return None
+    if mask is None:
+        raise ValueError("form='implicit' needs mask, such as get_mask(opt_state); got None.")
+
+    def check(entry: Any, path: str, leaf: Any) -> Any:
+        if not hasattr(entry, "dtype"):
+            return check_entry(entry, path, leaf, "mask")
+        if entry.dtype != jnp.bool_:
+            raise TypeError(f"mask must be bool, but its leaf {path!r} is {entry.dtype}.")
+        shape = jnp.shape(leaf)
+        try:
+            fits = jnp.broadcast_shapes(entry.shape, shape) == shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"mask must broadcast against params, but its leaf {path!r} of shape {entry.shape} does not"
+                f" broadcast to {shape}."
+            )
+        return entry.reshape((1,) * (len(shape) - entry.ndim) + entry.shape)
+
+    leaves = zip(entries(mask, params, "mask"), trees.leaf_paths(params), jax.tree.leaves(params))
+    return [check(*leaf) for leaf in leaves]
+
+
+def _facts(cuts: Sequence[splitting.Piece], params: Params, masks: list[Any]) -> dict[bool, list[Any]]:
+    """Return the facts about the pieces of the leaves, those of the active ones under True."""
+    leaves, paths = jax.tree.leaves(params), trees.leaf_paths(params)
+    facts: dict[bool, list[Any]] = {True: [], False: []}
+    for cut in cuts:
+        mask, leaf = masks[cut.leaf], leaves[cut.leaf]
+        if isinstance(mask, FirstRow):
+            mask = (np.arange(leaf.shape[0]) >= mask.row).reshape(-1, *[1] * (leaf.ndim - 1))
+        if jnp.ndim(mask) and mask.shape[0] > 1 and cut.rows is not None:
+            mask = mask[slice(*cut.rows)]
+        facts[cut.active].append(weight_fact(paths[cut.leaf], mask))
+    return facts
+
+
+def _warn_of_cut_leaves(fact: Any, active: Sequence[str]) -> None:
+    cut = [path for path in cut_leaves(fact) if path in active]
+    if cut:
+        warnings.warn(
+            f"the masks cut every path from the loss to {', '.join(map(repr, cut))}: the ascent gradient is"
+            " zero there, and these leaves are not perturbed.",
+            stacklevel=2,
+        )
 
 
 def _where(chosen: Sequence[Any], items: Sequence[Any]) -> list[Any]:

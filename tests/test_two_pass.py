@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from counting import contraction_flops
 from tiny import assert_close, assert_same, differ
 
 from ssam_jax import (
@@ -664,3 +665,146 @@ def test_unstructured_masks_go_with_the_fast_road_too():
     rule = fixed_mask(Unstructured(0.5)(jax.tree.map(jnp.abs, mlp_params())))
     tx = optax.chain(ssam(0.3, rule), optax.sgd(0.5))
     assert_close(train(tx, mlp, (True, True, True)), train_plainly(tx, mlp))
+
+
+# What the implicit form adds to the engine; that its gradients are right is tested in test_implicit.py.
+
+MASK = {
+    "body": (np.arange(WIDTH) % 2 == 0).reshape(1, 1, WIDTH),
+    "embed": np.ones((5, WIDTH), bool),
+    "head": np.arange(3) < 2,  # of fewer dimensions than the leaf
+}
+
+
+def implicit_passes(loss, params, point, active, mask, *args):
+    two_pass = two_pass_value_and_grad(loss, form="implicit")
+    value, grads, grad_fn = two_pass(params, *args, active=active, mask=mask)
+    return value, grads, grad_fn(point, 0)
+
+
+def implicit(loss, active, mask):
+    """Compile both passes with a mask whose values are known, or of traced arrays."""
+    params = mlp_params()
+    point = nearby(params, LAST_ROWS_AND_HEAD)
+    if isinstance(mask, tuple):
+        passes = quick_jit(functools.partial(implicit_passes, loss), static_argnums=(2, 3))
+    else:
+        passes = quick_jit(functools.partial(implicit_passes, loss), static_argnums=2)
+    return passes(params, point, active, mask, *BATCH)
+
+
+def test_the_implicit_form_and_active_leaves_go_together():
+    every = implicit(mlp, (True,) * 3, MASK)
+    some = implicit(mlp, LAST_ROWS_AND_HEAD, MASK)
+    assert_equal_to_rounding(some, (every[0], keep(every[1], LAST_ROWS_AND_HEAD), every[2]))
+    exact = quick_jit(jax.grad(mlp))(nearby(mlp_params(), LAST_ROWS_AND_HEAD), *BATCH)
+    assert_equal_to_rounding(every[2], exact)
+
+
+def test_a_mask_by_row_known_while_compiling_equals_the_same_as_arrays():
+    rows = np.repeat(np.arange(4) >= 1, WIDTH * WIDTH).reshape(4, WIDTH, WIDTH)
+    arrays = {"body": rows, "embed": np.array(True), "head": np.array([[True]])}
+    expected = implicit(mlp, (True,) * 3, arrays)
+    with pytest.warns(UserWarning, match="cut every path from the loss to 'embed'"):
+        actual = implicit(mlp, (True,) * 3, (FirstRow(1), True, True))
+    assert_equal_to_rounding(actual, expected)
+
+
+def test_a_side_effect_takes_the_plain_road_in_the_implicit_form_too():
+    expected = implicit(mlp, LAST_ROWS_AND_HEAD, MASK)
+    with pytest.warns(UserWarning, match="side effect"):
+        actual = implicit(printing, LAST_ROWS_AND_HEAD, MASK)
+    assert_equal_to_rounding(actual, expected)
+    with (
+        pytest.warns(UserWarning, match="side effect"),
+        pytest.warns(UserWarning, match="cut every path from the loss to 'embed'"),
+    ):
+        implicit(printing, (True,) * 3, (False, True, True))
+
+
+def implicit_step(tx, mask, params, state):
+    two_pass = two_pass_value_and_grad(mlp, form="implicit")
+    _, grads, grad_fn = two_pass(params, *BATCH, mask=mask)
+    descent, _ = tx.update(grads, state, params, grad_fn=grad_fn)
+    return grads, descent
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_ssam_leaves_the_perturbation_whole_in_the_implicit_form(steps):
+    params = mlp_params()
+    tx = ssam(0.3, fixed_mask(MASK), form="implicit", ascent_steps=steps)
+    state = tx.init(params)
+    mask = get_mask(state)
+    grads, descent = quick_jit(functools.partial(implicit_step, tx))(mask, params, state)
+
+    def expected(params, grads):
+        point = params
+        for i in range(steps):
+            scale = 0.3 / optax.tree.norm(grads)
+            point = jax.tree.map(lambda p, g: p + scale * g, point, grads)  # noqa: B023
+            if i < steps - 1:
+                two_pass = two_pass_value_and_grad(mlp, form="implicit")
+                grads = two_pass(point, *BATCH, mask=mask)[1]
+        return jax.grad(mlp)(point, *BATCH)
+
+    assert_close(descent, quick_jit(expected)(params, grads))
+    exact = quick_jit(jax.grad(mlp))(params, *BATCH)
+    assert float(jnp.max(jnp.abs(grads["embed"] - exact["embed"]))) > 0.05, "masked, and it shows"
+
+
+@pytest.mark.parametrize("rho", [0.0, jnp.float32(0)], ids=["static", "array"])
+def test_a_rho_of_zero_takes_the_exact_gradient_and_not_the_masked_one(rho):
+    params = mlp_params()
+    tx = ssam(rho, fixed_mask(MASK), form="implicit", skip_zero_rho=True)
+    state = tx.init(params)
+    _, descent = quick_jit(functools.partial(implicit_step, tx))(get_mask(state), params, state)
+    assert_close(descent, quick_jit(jax.grad(mlp))(params, *BATCH))
+
+
+def test_gradients_of_one_form_are_refused_by_an_ssam_of_the_other():
+    params = mlp_params()
+    for form, other in (("explicit", "implicit"), ("implicit", "explicit")):
+        tx = ssam(0.1, fixed_mask(MASK), form=form)
+        options = {"mask": MASK} if other == "implicit" else {}
+        _, grads, grad_fn = two_pass_value_and_grad(mlp, form=other)(params, *BATCH, **options)
+        with pytest.raises(ValueError, match=rf"form='{form}'.*{other} form.*two_pass_value_and_grad"):
+            tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+    tx = ssam(0.1, fixed_mask(MASK), form="implicit")
+    with pytest.raises(ValueError, match="of the explicit form"):
+        tx.update(grads, tx.init(params), params, grad_fn=lambda p, i: jax.grad(mlp)(p, *BATCH))
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "form", "mask"),
+    [
+        (ValueError, "mask is for form='implicit'", "explicit", MASK),
+        (ValueError, "needs mask.*get_mask", "implicit", None),
+        (ValueError, "mask.*3 leaves.*2 entries", "implicit", (True, False)),
+        (TypeError, "'head' is float32", "implicit", dict(MASK, head=np.float32(1))),
+        (ValueError, r"'head' of shape \(2,\).*\(8, 3\)", "implicit", dict(MASK, head=np.ones(2, bool))),
+        (ValueError, r"'head' of shape \(1, 8, 3\)", "implicit", dict(MASK, head=np.ones((1, 8, 3), bool))),
+        (ValueError, "mask names row 9.*'body'", "implicit", (9, True, True)),
+        (TypeError, "mask.*'head'.*None", "implicit", [True, True, "no"]),
+    ],
+    ids=range(8),
+)
+def test_a_mask_that_does_not_fit_is_refused_by_name(error, match, form, mask):
+    with pytest.raises(error, match=match.replace("None", "'no'")):
+        two_pass_value_and_grad(mlp, form=form)(mlp_params(), *BATCH, mask=mask)
+
+
+def test_an_ascent_on_a_part_of_the_batch_costs_that_part():
+    """Two calls: the compiler drops what is not used of either."""
+    params, images, labels = mlp_params(), jnp.tile(BATCH[0], (4, 1)), jnp.tile(BATCH[1], 4)
+    two_pass = two_pass_value_and_grad(mlp)
+
+    def passes(params, share):
+        rows = int(share * len(images))
+        value, grads, _ = two_pass(params, images[:rows], labels[:rows])
+        _, _, grad_fn = two_pass(params, images, labels)
+        return value, grad_fn(jax.tree.map(jnp.add, params, grads), 0)
+
+    once = contraction_flops(jax.grad(mlp), params, images, labels)
+    for share in (1 / 4, 1 / 2):
+        cost = contraction_flops(functools.partial(passes, share=share), params)
+        assert cost / once == pytest.approx(1 + share)

@@ -3,6 +3,10 @@
 from ssam_jax.active import FirstRow as FirstRow
 from ssam_jax.alternating import AlternatingState as AlternatingState
 from ssam_jax.alternating import alternating as alternating
+from ssam_jax.choosing import Part as Part
+from ssam_jax.choosing import TwoPassReport as TwoPassReport
+from ssam_jax.choosing import choose_active as choose_active
+from ssam_jax.choosing import explain_two_pass as explain_two_pass
 from ssam_jax.masks.dynamic import DynamicState as DynamicState
 from ssam_jax.masks.dynamic import dynamic_mask as dynamic_mask
 from ssam_jax.masks.fisher import FisherState as FisherState

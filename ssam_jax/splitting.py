@@ -249,7 +249,7 @@ def _row_by_row(eqn: tracing.Equation, operands: list[Any]) -> Any:
     bounds = sorted({row for x in operands if isinstance(x, Rows) for row in x.bounds})
     parts = []
     for start, stop in itertools.pairwise(bounds):
-        params = _params_for_rows(eqn, stop - start)
+        params = params_for_rows(eqn, stop - start)
         if params is None:
             return None
         current = [_rows(x, start, stop) for x in operands]
@@ -258,7 +258,7 @@ def _row_by_row(eqn: tracing.Equation, operands: list[Any]) -> Any:
     return _stacked(parts)
 
 
-def _params_for_rows(eqn: tracing.Equation, rows: int) -> dict[str, Any] | None:
+def params_for_rows(eqn: tracing.Equation, rows: int) -> dict[str, Any] | None:
     """Return what changes in an equation computed on fewer rows; None if rows do not stay apart."""
     params, source = eqn.params, tracing.shape(eqn.invars[0])
     match eqn.primitive.name:

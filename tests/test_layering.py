@@ -28,8 +28,9 @@ LAYERS = [
     ["transform"],
     ["alternating"],
     ["tracing"],
-    ["weights", "knapsack"],
-    ["splitting", "costs", "implicit"],
+    ["splitting", "weights"],
+    ["products", "implicit"],
+    ["costs", "knapsack"],
     ["two_pass"],
     ["choosing"],
     [""],  # ssam_jax itself

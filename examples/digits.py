@@ -35,7 +35,7 @@ import ssam_jax
 TRAIN, TEST = 1024, 500  # the other 273 examples are for validation
 SPLIT_SEED = 0  # of the split and of the label noise, the same for every run
 TIMING_ROUNDS = 30
-SGD, TUNED, SAM = "SGD", "SGD, tuned alone", "SAM"
+SGD, TUNED, SAM, LAST = "SGD", "SGD, tuned alone", "SAM", "SAM, last block"
 GRID_LR, GRID_DECAY = (0.01, 0.02, 0.05, 0.1), (5e-4, 1e-3, 2e-3, 5e-3)
 GRID_RHO = (0.2, 0.4, 0.6, 0.8)
 
@@ -96,11 +96,16 @@ class Settings(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A row of the table: its colour, its settings, and its mask rule as a function of a seed."""
+    """A row of the table: its colour, its settings, and its mask rule as a function of a seed.
+
+    If the mask perturbs some leaves whole and others not at all, and never changes, only the former
+    need an ascent gradient.
+    """
 
     color: str
     settings: Settings
     mask: Callable[[Any], ssam_jax.MaskRule | None]
+    some_leaves: bool = False
 
 
 class Trainer(NamedTuple):
@@ -148,6 +153,7 @@ def make_methods(config: Config) -> dict[str, Method]:
     )
     own = Settings(config.sgd_lr, config.sgd_weight_decay, 0.0)
     share = f"{config.sparsity:.0%}"
+    last_block = ssam_jax.fixed_mask(lambda path: "Dense_0" not in path)
     return {
         SGD: Method("#000000", sgd, lambda seed: None),
         TUNED: Method("#999999", own, lambda seed: None),
@@ -155,6 +161,7 @@ def make_methods(config: Config) -> dict[str, Method]:
         f"SSAM Fisher {share}": Method("#0072B2", ssam, lambda seed: fisher(some, seed=seed)),
         f"SSAM dynamic {share}": Method("#009E73", ssam, lambda seed: dynamic(some, seed=seed)),
         "SSAM Fisher 2:4": Method("#CC79A7", ssam, lambda seed: fisher(two_of_four, seed=seed)),
+        LAST: Method("#D55E00", sam, lambda seed: last_block, some_leaves=True),
     }
 
 
@@ -178,11 +185,12 @@ def sharpness(model: nn.Module, params: Any, x: jax.Array, y: jax.Array, rho: fl
 def make_trainer(config: Config, method: Method, data: Data) -> Trainer:
     """Return compiled functions that train a method."""
     model, steps = Mlp(config.width), TRAIN // config.batch
+    normalize = "masked" if method.some_leaves else "global"
 
     def optimizer(seed: Any, chosen: Settings) -> optax.GradientTransformationExtraArgs:
         schedule = optax.cosine_decay_schedule(1.0, config.epochs * steps)
         return optax.chain(
-            ssam_jax.ssam(chosen.rho if method.settings.rho else 0.0, method.mask(seed)),
+            ssam_jax.ssam(chosen.rho if method.settings.rho else 0.0, method.mask(seed), normalize=normalize),
             optax.add_decayed_weights(chosen.weight_decay),
             optax.sgd(lambda count: chosen.lr * schedule(count), momentum=0.9),
         )
@@ -191,13 +199,13 @@ def make_trainer(config: Config, method: Method, data: Data) -> Trainer:
         params = model.init(jax.random.key(seed), data.train_x[:1])
         return params, optimizer(seed, Settings(0.0, 0.0, 0.0)).init(params)
 
+    two_pass = ssam_jax.two_pass_value_and_grad(functools.partial(loss_fn, model))
+    active = ssam_jax.active_leaves(init(jnp.int32(0))[1]) if method.some_leaves else None
+
     def step(chosen: Settings, carry: Any, rows: jax.Array) -> Any:
         params, opt_state = carry
-        batch_loss = lambda p: loss_fn(model, p, data.train_x[rows], data.train_y[rows])  # noqa: E731
-        loss, grads = jax.value_and_grad(batch_loss)(params)
-        updates, opt_state = optimizer(0, chosen).update(
-            grads, opt_state, params, grad_fn=lambda p, i: jax.grad(batch_loss)(p)
-        )
+        loss, grads, grad_fn = two_pass(params, data.train_x[rows], data.train_y[rows], active=active)
+        updates, opt_state = optimizer(0, chosen).update(grads, opt_state, params, grad_fn=grad_fn)
         return (optax.apply_updates(params, updates), opt_state), loss
 
     def epoch(carry: Any, chosen: Settings, seed: jax.Array, number: jax.Array) -> Any:

@@ -12,7 +12,7 @@ import chex
 import jax
 import numpy as np
 
-from ssam_jax import costs, knapsack, products, splitting, tracing, trees, two_pass
+from ssam_jax import costs, knapsack, losses, products, splitting, tracing, trees
 from ssam_jax.active import Active, FirstRow, check_active
 from ssam_jax.typing import Params
 
@@ -180,7 +180,7 @@ def _trace(loss_fn: Callable[..., Any], params: Params, args: Sequence[Any]) -> 
         value = loss_fn(params, *args)
         return value if isinstance(value, tuple) and len(value) == 2 else (value, ())
 
-    return two_pass.trace_loss(pair, params, *args, has_aux=True).traced
+    return losses.trace_loss(pair, params, *args, has_aux=True).traced
 
 
 def _part(jaxpr: tracing.Equations) -> Part:

@@ -10,7 +10,8 @@ from jax import lax
 
 from ssam_jax import costs, tracing
 from ssam_jax.active import FirstRow
-from ssam_jax.two_pass import trace_loss, two_pass_value_and_grad
+from ssam_jax.losses import trace_loss
+from ssam_jax.two_pass import two_pass_value_and_grad
 
 TOLERANCE = 0.05
 

@@ -28,10 +28,9 @@ LAYERS = [
     ["transform"],
     ["alternating"],
     ["tracing"],
-    ["splitting", "weights"],
-    ["products", "implicit"],
-    ["costs", "knapsack"],
-    ["two_pass"],
+    ["splitting", "weights", "losses"],
+    ["products", "implicit", "knapsack"],
+    ["costs", "two_pass"],
     ["choosing"],
     [""],  # ssam_jax itself
     ["linen", "nnx", "sharpness", "plotting"],

@@ -1,25 +1,28 @@
-"""The README's code runs, in the order a reader meets it."""
+"""The code of the README and of the pages in docs runs, in the order a reader meets it."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
+BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S) for name, text in PAGES.items()}
 
 
-def code_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def test_there_is_code_in_the_pages():
+    assert min(len(BLOCKS[name]) for name in ("README.md", "docs/two_pass.md")) >= 3
 
 
-def test_every_code_block_runs_in_one_namespace(relaxed_promotion):
-    blocks = code_blocks()
-    assert len(blocks) >= 3
+@pytest.mark.parametrize("name", [name for name, blocks in BLOCKS.items() if blocks])
+def test_every_code_block_of_a_page_runs_in_one_namespace(name, relaxed_promotion):
     namespace = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, block {number}", "exec"), namespace)
+    for number, block in enumerate(BLOCKS[name]):
+        exec(compile(block, f"{name}, block {number}", "exec"), namespace)
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
-def test_every_local_link_has_a_target(target):
-    assert (Path(__file__).parent.parent / target).exists()
+@pytest.mark.parametrize("name", PAGES)
+def test_every_local_link_has_a_target(name):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[name]):
+        assert (ROOT / name).parent.joinpath(target).exists(), target

@@ -1,0 +1,69 @@
+"""A loss, traced, and what it returns made again from the results of its equations."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssam_jax import tracing
+from ssam_jax.typing import Params
+
+
+class TracedLoss(NamedTuple):
+    """A traced loss and how to make its value and aux again.
+
+    Attributes:
+      traced: its equations; the first result is the loss, the others the arrays of aux.
+      rebuild: from the results to what ``loss_fn`` returns.
+    """
+
+    traced: tracing.Traced
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def trace_loss(loss_fn: Callable[..., Any], params: Params, *args: Any, has_aux: bool) -> TracedLoss:
+    """Trace ``loss_fn(params, *args)``, or raise unless it returns what it should."""
+    aux: dict[str, Any] = {"leaves": [], "tree": None}
+
+    def flat(params: Params, *args: Any) -> list[Any]:
+        value = loss_fn(params, *args)
+        if has_aux:
+            if not isinstance(value, tuple) or len(value) != 2:
+                raise TypeError(f"loss_fn must return (loss, aux) with has_aux=True, got {value!r}.")
+            value, rest = value
+            aux["leaves"], aux["tree"] = jax.tree.flatten(rest)
+        check_loss(value)
+        return [value, *filter(_is_array, aux["leaves"])]
+
+    traced = tracing.trace(flat, params, *args)
+    static = [_ARRAY if _is_array(leaf) else leaf for leaf in aux["leaves"]]
+
+    def rebuild(results: Sequence[Any]) -> Any:
+        value, *arrays = results
+        if not has_aux:
+            return value
+        remaining = iter(arrays)
+        leaves = [next(remaining) if leaf is _ARRAY else leaf for leaf in static]
+        return value, jax.tree.unflatten(aux["tree"], leaves)
+
+    return TracedLoss(traced, rebuild)
+
+
+_ARRAY = object()
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+
+
+def check_loss(value: Any) -> None:
+    """Raise unless ``value`` is a real floating-point scalar."""
+    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            "loss_fn must return a real floating-point scalar (and aux with has_aux=True), got"
+            f" {value.dtype if hasattr(value, 'dtype') else value!r}."
+        )
+    if jnp.shape(value) != ():
+        raise ValueError(f"loss_fn must return a scalar, got an array of shape {jnp.shape(value)}.")

@@ -34,6 +34,8 @@ types: $(VENV)/made
 bench: $(VENV)/made
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/two_pass.py
+	$(BIN)/python benchmarks/implicit.py
 
 clean:
 	rm -rf $(VENV) .venv-oldest outputs .pytest_cache .mypy_cache .ruff_cache

@@ -25,20 +25,23 @@ class TracedLoss(NamedTuple):
 
 def trace_loss(loss_fn: Callable[..., Any], params: Params, *args: Any, has_aux: bool) -> TracedLoss:
     """Trace ``loss_fn(params, *args)``, or raise unless it returns what it should."""
-    aux: dict[str, Any] = {"leaves": [], "tree": None}
+    static: list[Any] = []
+    aux: Any = None
 
     def flat(params: Params, *args: Any) -> list[Any]:
+        nonlocal aux
         value = loss_fn(params, *args)
+        leaves: list[Any] = []
         if has_aux:
             if not isinstance(value, tuple) or len(value) != 2:
                 raise TypeError(f"loss_fn must return (loss, aux) with has_aux=True, got {value!r}.")
             value, rest = value
-            aux["leaves"], aux["tree"] = jax.tree.flatten(rest)
+            leaves, aux = jax.tree.flatten(rest)
+            static[:] = [_ARRAY if _is_array(leaf) else leaf for leaf in leaves]
         check_loss(value)
-        return [value, *filter(_is_array, aux["leaves"])]
+        return [value, *filter(_is_array, leaves)]
 
     traced = tracing.trace(flat, params, *args)
-    static = [_ARRAY if _is_array(leaf) else leaf for leaf in aux["leaves"]]
 
     def rebuild(results: Sequence[Any]) -> Any:
         value, *arrays = results
@@ -46,7 +49,7 @@ def trace_loss(loss_fn: Callable[..., Any], params: Params, *args: Any, has_aux:
             return value
         remaining = iter(arrays)
         leaves = [next(remaining) if leaf is _ARRAY else leaf for leaf in static]
-        return value, jax.tree.unflatten(aux["tree"], leaves)
+        return value, jax.tree.unflatten(aux, leaves)
 
     return TracedLoss(traced, rebuild)
 

@@ -27,9 +27,6 @@ LINEAR = frozenset({
 # fmt: on
 """Primitives whose derivative needs none of the values that gradients flow through."""
 
-CONSTANT = frozenset({"ceil", "floor", "is_finite", "nextafter", "round", "sign", "stop_gradient"})
-"""Primitives through which no gradient flows."""
-
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot", "mul")
 CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 UNKNOWN = ("pallas_call", "ffi_call", "custom_call", "pure_callback", "io_callback")
@@ -121,7 +118,7 @@ def _node(
     kind, body, times = "nonlinear", None, 1.0
     if name in PRODUCTS:
         kind = "product"
-    elif name in LINEAR or name in CONSTANT:
+    elif name in LINEAR or name in splitting.CONSTANT:
         kind = "linear"
     elif name in splitting.CHECKPOINT:
         kind, body = "checkpoint", inner(params["jaxpr"])
@@ -147,7 +144,7 @@ def _node(
             kind, body = "block", call
         elif call.flops or name != "custom_jvp_call":
             kind, body = "custom", _differentiated(eqn)
-    inexact = tuple(name not in CONSTANT and tracing.is_inexact(var) for var in eqn.outvars)
+    inexact = tuple(name not in splitting.CONSTANT and tracing.is_inexact(var) for var in eqn.outvars)
     return Node(kind, ins, outs, inexact, _flops(eqn), body, float(times), late, eqn)
 
 

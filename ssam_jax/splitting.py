@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ssam_jax import tracing
 from ssam_jax.active import Active, FirstRow
@@ -132,6 +133,23 @@ def depends(jaxpr: tracing.Equations, inputs: Sequence[Any]) -> list[bool]:
     return [not tracing.is_literal(atom) and atom in reached for atom in jaxpr.outvars]
 
 
+def carries_gradient(jaxpr: tracing.Equations, inputs: Sequence[Any]) -> list[bool]:
+    """Return for each of the ``inputs`` whether a gradient may flow to it from the first result.
+
+    A value that only aux or a ``stop_gradient`` reads must not get a cotangent of zeros: times an
+    infinite derivative it is NaN, and computing with it costs what computing with any other does.
+    """
+    found = set(_variables(jaxpr.outvars[:1]))
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.primitive.name not in CONSTANT and any(var in found for var in eqn.outvars):
+            found.update(_variables(eqn.invars))
+    return [var in found and tracing.is_inexact(var) for var in inputs]
+
+
+CONSTANT = frozenset({"ceil", "floor", "is_finite", "nextafter", "round", "sign", "stop_gradient"})
+"""Primitives through which no gradient flows."""
+
+
 @dataclass(frozen=True)
 class Moving:
     """A value that depends on an active leaf; one that does not travels without a wrapper."""
@@ -195,6 +213,7 @@ def _unfold_checkpoint(eqn: tracing.Equation, operands: list[Any]) -> list[Any]:
 
     values = [_plain(x) for x in flat]
     jaxpr, consts = tracing.retrace(program, *values)
+    prevent_cse = bool(np.any(eqn.params["prevent_cse"]))  # it may be one for each operand
     active = [_moves(x) for x in flat]
     prefix, suffix, cut = split(jaxpr, active)
     known = [*consts, *(value for value, is_active in zip(values, active) if not is_active)]
@@ -202,9 +221,10 @@ def _unfold_checkpoint(eqn: tracing.Equation, operands: list[Any]) -> list[Any]:
     computed = [var for var in cut if var not in available]
     if computed:
         block = prefix.replace(outvars=computed)
-        available.update(zip(computed, tracing.bind(eqn, known, jaxpr=block)))
+        available.update(zip(computed, tracing.bind(eqn, known, jaxpr=block, prevent_cse=prevent_cse)))
     inputs = [value for value, is_active in zip(values, active) if is_active]
-    results = tracing.bind(eqn, [*inputs, *(available[var] for var in cut)], jaxpr=suffix)
+    inputs += [available[var] for var in cut]
+    results = tracing.bind(eqn, inputs, jaxpr=suffix, prevent_cse=prevent_cse)
     moved = depends(jaxpr, [var for var, is_active in zip(jaxpr.invars, active) if is_active])
     return [
         Moving(result) if moves else result if tracing.is_literal(atom) else available[atom]

@@ -1,6 +1,7 @@
 """The fast road: both passes of SAM from one trace of the loss, the forward work they share done once."""
 
 import dataclasses
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -181,10 +182,13 @@ def _shared_passes(
 
     fixed = [value for cut, value in zip(cuts, values) if not cut.active]
     fixed_vars = halves.prefix.invars[len(consts) : len(consts) + len(fixed)]
-    graded = [
-        depends and tracing.is_inexact(var)
-        for var, depends in zip(halves.cut, splitting.depends(halves.prefix, fixed_vars))
-    ]
+    graded = list(
+        map(
+            operator.and_,
+            splitting.depends(halves.prefix, fixed_vars),
+            splitting.carries_gradient(halves.suffix, halves.cut),
+        )
+    )
     facts = None if masks is None else _facts(cuts, params, masks)
 
     def prefix(fixed: list[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
@@ -209,8 +213,9 @@ def _shared_passes(
             _warn_of_cut_leaves(known[0], [trees.leaf_paths(params)[cut.leaf] for cut in cuts if cut.active])
         return results[0], results[1:]
 
-    def active_pieces(params: Params) -> list[Any]:
-        leaves = jax.tree.leaves(params)
+    def active_pieces(point: Params) -> list[Any]:
+        trees.check_same_shapes(point, params, "the argument of grad_fn", "params")
+        leaves = jax.tree.leaves(point)
         return [cut.of(leaves[cut.leaf]) for cut in cuts if cut.active]
 
     def gradients(of_moving: list[Any], of_fixed: list[Any]) -> Gradients:
@@ -221,7 +226,7 @@ def _shared_passes(
         moving = active_pieces(params)
         value, vjp, aux = jax.vjp(lambda moving: suffix(moving, cut_graded, True), moving, has_aux=True)
         (of_moving,) = vjp(jnp.ones_like(value))
-        return loss.rebuild([value, *aux]), gradients(of_moving, jax.tree.map(jnp.zeros_like, fixed))
+        return loss.rebuild([value, *aux]), gradients(of_moving, [jnp.zeros_like(leaf) for leaf in fixed])
 
     def descent(params: Params) -> tuple[Any, Gradients]:
         value, vjp, aux = jax.vjp(suffix, active_pieces(params), cut_graded, has_aux=True)

@@ -261,9 +261,9 @@ def both_ways(loss, active):
 
 CASES = [
     *((loss, TAIL) for loss in LOSSES),
-    *((loss, SCATTERED) for loss in (remat_loss, reverse_loss, cast_loss, unrolled_loss, reused_loss)),
-    *((loss, HEAD) for loss in (jitted_loss, nested_remat_loss, custom_loss)),
-    *((loss, ALL) for loss in (jitted_loss, whole_remat_loss)),
+    *((loss, SCATTERED) for loss in (remat_loss, reverse_loss, unrolled_loss)),
+    *((loss, HEAD) for loss in (jitted_loss, nested_remat_loss)),
+    (whole_remat_loss, ALL),
 ]
 NAMES = {TAIL: "tail", SCATTERED: "scattered", HEAD: "head", ALL: "all"}
 
@@ -808,3 +808,80 @@ def test_an_ascent_on_a_part_of_the_batch_costs_that_part():
     for share in (1 / 4, 1 / 2):
         cost = contraction_flops(functools.partial(passes, share=share), params)
         assert cost / once == pytest.approx(1 + share)
+
+
+def hidden(params, images):
+    return norm(images @ params["embed"])
+
+
+def infinite_aux_loss(params, images, labels):
+    """What aux reads has an infinite derivative, and comes before the active leaves."""
+    x = hidden(params, images)
+    root = jnp.sqrt(jnp.abs(params["embed"] * 0))
+    frozen = jax.lax.stop_gradient(root.sum())
+    return cross_entropy(x @ params["head"] + frozen, labels), {"root": root, "product": x @ x.T}
+
+
+@pytest.mark.parametrize("name", ["aux", "stop_gradient"])
+def test_what_the_loss_does_not_differentiate_gets_no_cotangent_of_zeros(name):
+    params = mlp_params()
+
+    def loss(params, *batch):
+        value, aux = infinite_aux_loss(params, *batch)
+        return (value, aux) if name == "aux" else value
+
+    def gradient(params):
+        two_pass = two_pass_value_and_grad(loss, has_aux=name == "aux")
+        return two_pass(params, *BATCH, active=(False, False, True))[2](params, 0)
+
+    def plain(params):
+        grads = jax.grad(loss, has_aux=name == "aux")(params, *BATCH)
+        return grads[0] if name == "aux" else grads
+
+    expected = quick_jit(plain)(params)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(expected))
+    assert_equal_to_rounding(quick_jit(gradient)(params), expected)
+    assert products(gradient, params) == products(plain, params)
+
+
+def test_a_checkpoint_with_a_choice_for_each_operand_is_cut_too():
+    block = jax.checkpoint(lambda x, a, b: jnp.tanh(x @ a) @ b, prevent_cse=(True, False, True))
+
+    def loss(params, images, labels):
+        return cross_entropy(block(images @ params["embed"], params["body"][0], params["head"]), labels)
+
+    params, active = mlp_params(), (False, False, True)
+    args = (params, nearby(params, active), active, *BATCH)
+    expected = quick_jit(functools.partial(two_plain_passes, loss), static_argnums=2)(*args)
+    assert_equal_to_rounding(
+        quick_jit(functools.partial(fast_passes, loss), static_argnums=2)(*args), expected
+    )
+
+
+def test_parameters_of_other_shapes_are_refused_by_grad_fn():
+    params = mlp_params()
+    grad_fn = two_pass_value_and_grad(mlp)(params, *BATCH, active=(False, False, True))[2]
+    with pytest.raises(ValueError, match=r"argument of grad_fn.*'head'.*\(8, 3\)"):
+        grad_fn(dict(params, head=jnp.ones((8, 2))), 0)
+    with pytest.raises(ValueError, match=r"argument of grad_fn.*structure"):
+        grad_fn({"head": params["head"]}, 0)
+
+
+def test_it_traces_the_loss_once_leaks_nothing_and_moves_nothing_to_the_host():
+    traces = []
+
+    def loss(params, images, labels):
+        traces.append(1)
+        return jnp.sum((images @ params["embed"] @ params["head"]) ** 2), images
+
+    @functools.partial(quick_jit, static_argnums=1)
+    def step(params, active, *batch):
+        _, grads, grad_fn = two_pass_value_and_grad(loss, has_aux=True)(params, *batch, active=active)
+        return grad_fn(jax.tree.map(jnp.add, params, grads), 0)
+
+    args = (mlp_params(), (False, False, True), *BATCH)
+    with jax.checking_leaks():
+        step(*args)
+    with jax.transfer_guard("disallow"):
+        step(*args)
+    assert len(traces) == 1

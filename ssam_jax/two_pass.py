@@ -87,7 +87,7 @@ def two_pass_value_and_grad(
       - ``params``: pytree of floating-point arrays. Leaves of ``args`` that are no arrays stay static.
       - ``active``: None for all, or a tuple with an entry for each leaf in flattening order: True,
         False, or for a stacked leaf the first perturbed row (`FirstRow`). `active_leaves` returns it
-        for a mask. One that is out of date perturbs other leaves than the mask says, never wrongly.
+        for a mask. One that is out of date perturbs fewer leaves than the mask says, never wrongly.
       - ``mask``: for the implicit form: a tree like ``params`` of bools or of bool arrays that
         broadcast against the leaves, as `get_mask` returns it; or a tuple like ``active``. Python's
         bools, and arrays that are not traced, are known while compiling: an all-False one makes the

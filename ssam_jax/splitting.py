@@ -312,11 +312,11 @@ def _sliced(eqn: tracing.Equation, rows: Rows) -> Any:
 
 
 def _rows(value: Any, start: int, stop: int) -> Any:
-    """Return some rows of a value, which may be marked; of a scalar, the scalar."""
+    """Return some rows of a value, which may be marked; of one that is broadcast over the rows, all."""
     if isinstance(value, Rows):
         return value.between(start, stop)
     array = _plain(value)
-    if jnp.ndim(array) == 0 or (start, stop) == (0, array.shape[0]):
+    if jnp.ndim(array) == 0 or array.shape[0] == 1 or (start, stop) == (0, array.shape[0]):
         return value
     return _marked([jax.lax.slice_in_dim(array, start, stop)], _moves(value))[0]
 

@@ -40,8 +40,8 @@ class Traced(NamedTuple):
 def trace(fn: Callable[..., Any], params: Any, *args: Any) -> Traced:
     """Trace ``fn(params, *args)`` once.
 
-    Leaves of ``args`` that are no arrays (a Python bool, a string) stay what they are, as they would
-    under ``jax.grad``. Arrays may be given by their shapes, as ``jax.ShapeDtypeStruct``.
+    Leaves of ``args`` that are no JAX arrays (a Python bool, a string, an array of NumPy's) stay what
+    they are, as they would under ``jax.grad``. Arrays may be given as ``jax.ShapeDtypeStruct``.
     """
     leaves, tree = jax.tree.flatten(args)
     positions = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
@@ -180,4 +180,4 @@ def is_inexact(value: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))

@@ -84,7 +84,7 @@ def two_pass_value_and_grad(
     Returns:
       ``f(params, *args, active=None, mask=None) -> (value, grads, grad_fn)``.
 
-      - ``params``: pytree of floating-point arrays. Leaves of ``args`` that are no arrays stay static.
+      - ``params``: pytree of floating-point arrays. Leaves of ``args`` that are no JAX arrays stay static.
       - ``active``: None for all, or a tuple with an entry for each leaf in flattening order: True,
         False, or for a stacked leaf the first perturbed row (`FirstRow`). `active_leaves` returns it
         for a mask. One that is out of date perturbs fewer leaves than the mask says, never wrongly.

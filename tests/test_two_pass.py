@@ -192,6 +192,13 @@ def shared_subexpressions_loss(params, images, labels):
     return cross_entropy(x @ params["head"], labels) + jnp.sum(params["shift"] ** 2)
 
 
+def mapped_loss(params, images, labels):
+    """One kernel is broadcast over the rows of another."""
+    body = jax.vmap(lambda kernel: jnp.tanh(kernel * params["mid"]))(params["body"])
+    x, _ = scanned(images @ params["embed"], dict(params, body=body))
+    return cross_entropy(x @ params["head"], labels)
+
+
 LOSSES = [
     plain_loss,
     jitted_loss,
@@ -208,6 +215,7 @@ LOSSES = [
     microbatch_loss,
     reused_loss,
     shared_subexpressions_loss,
+    mapped_loss,
 ]
 
 # In the order of the leaves: body, embed, head, mid, shift.
@@ -473,6 +481,17 @@ LAST_ROWS_AND_HEAD = (FirstRow(2), False, True)
 def one_step(params):
     value, grads, grad_fn = two_pass_value_and_grad(mlp)(params, *BATCH, active=LAST_ROWS_AND_HEAD)
     return value, grad_fn(jax.tree.map(lambda p, g: p + 0.1 * g, params, grads), 0)
+
+
+def test_arguments_that_are_no_jax_arrays_stay_what_they_are():
+    def loss(params, images, labels, options):
+        assert isinstance(options["columns"], np.ndarray) and options["names"].dtype.kind == "U"
+        columns = {str(name): int(i) for name, i in zip(options["names"], options["columns"])}
+        return mlp(params, images, labels) + params["head"][0, columns["last"]]
+
+    options = {"names": np.array(["first", "last"]), "columns": np.array([0, 2])}
+    value, grads, _ = two_pass_value_and_grad(loss)(mlp_params(), *BATCH, options)
+    assert_close((value, grads), jax.value_and_grad(loss)(mlp_params(), *BATCH, options))
 
 
 def test_it_works_under_vmap():

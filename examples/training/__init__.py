@@ -1,0 +1,1 @@
+"""Training of image classifiers with sparse SAM, as in the papers."""

@@ -1,1 +1,1 @@
-"""Training of image classifiers with sparse SAM, as in the papers."""
+"""A trainer for the paper's experiments: data, models, optimizers, and a loop that survives a kill."""

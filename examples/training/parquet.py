@@ -1,0 +1,108 @@
+"""Images in Parquet files, in the layout of the Hugging Face hub."""
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+
+IMAGE_COLUMNS = ("img", "image")
+
+
+def find_shards(folder: Path, split: str, subfolders: Sequence[str]) -> list[Path]:
+    """Return the files of a split, such as ``train-00000-of-00002.parquet``, in the order of their names.
+
+    They are looked for in the folder itself and then in its subfolders; if there are none, the list is empty.
+
+    Raises:
+      FileNotFoundError: there are fewer files, or more, than their own names say.
+    """
+    for place in (folder, *(folder / name for name in subfolders)):
+        if files := sorted(place.glob(f"{split}-*.parquet")):
+            counts = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)", file.name))}
+            if counts and counts != {len(files)}:
+                raise FileNotFoundError(
+                    f"{place} has {len(files)} files {split}-*.parquet; their names say {max(counts)}."
+                )
+            return files
+    return []
+
+
+class ImageFile:
+    """A Parquet file with a column of encoded images and one of labels, read by row group, from any thread.
+
+    It is open only while it is read: a process may use more files than it may hold open.
+
+    Attributes:
+      path: where it is.
+      sizes: number of rows in each row group.
+    """
+
+    def __init__(self, path: Path, label_columns: Sequence[str]):
+        """Open a file; of the columns that a label may be in, the first that it has is taken.
+
+        Raises:
+          ValueError: the file is not whole, or a column is missing or of another type.
+        """
+        self.path = path
+        try:
+            with pq.ParquetFile(path) as file:
+                self._metadata, schema = file.metadata, file.schema_arrow
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is not a whole Parquet file: {error}") from error
+        groups = range(self._metadata.num_row_groups)
+        self.sizes = [self._metadata.row_group(i).num_rows for i in groups]
+        self._image, self._label = (
+            self._find(names, schema.names) for names in (IMAGE_COLUMNS, label_columns)
+        )
+        image, label = schema.field(self._image).type, schema.field(self._label).type
+        fields = [image.field(i) for i in range(image.num_fields)] if pa.types.is_struct(image) else []
+        if not any(field.name == "bytes" and pa.types.is_binary(field.type) for field in fields):
+            raise ValueError(f"Column {self._image} of {path} must be a struct with bytes; it is {image}.")
+        if not pa.types.is_integer(label):
+            raise ValueError(f"Column {self._label} of {path} must hold integers; it is {label}.")
+
+    def _find(self, names: Sequence[str], has: Sequence[str]) -> str:
+        for name in names:
+            if name in has:
+                return name
+        raise ValueError(f"{self.path} must have a column {' or '.join(names)}; it has {', '.join(has)}.")
+
+    def read_group(self, index: int) -> tuple[list[bytes | None], np.ndarray]:
+        """Return the encoded images and the labels of a row group, -1 for a label that is missing.
+
+        Raises:
+          ValueError: the file is damaged.
+        """
+        try:
+            with pq.ParquetFile(self.path, metadata=self._metadata, memory_map=True) as file:
+                rows = file.read_row_group(index, columns=[f"{self._image}.bytes", self._label])
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from error
+        images = [value and value["bytes"] for value in rows.column(self._image).to_pylist()]
+        labels = rows.column(self._label).to_pylist()
+        return images, np.array([-1 if label is None else label for label in labels], np.int64)
+
+
+def decode(data: bytes | None, where: str, size: tuple[int, int] | None = None) -> Image.Image:
+    """Return a PNG or JPEG image in RGB; ``size`` is the width and height it must have.
+
+    Raises:
+      ValueError: the bytes are no image, or one of another size; the message starts with ``where``.
+    """
+    if data is None:
+        raise ValueError(f"{where}: there is no image.")
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        if size is None or image.size == size:
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{where}: the image is neither PNG nor JPEG.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: the image cannot be decoded: {error}") from error
+    raise ValueError(f"{where}: the image must have {size[0]} x {size[1]} pixels, it has {image.size}.")

@@ -36,6 +36,7 @@ bench: $(VENV)/made
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/two_pass.py
 	$(BIN)/python benchmarks/implicit.py
+	$(BIN)/python benchmarks/loading.py
 
 clean:
 	rm -rf $(VENV) .venv-oldest outputs .pytest_cache .mypy_cache .ruff_cache

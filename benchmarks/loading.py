@@ -1,0 +1,162 @@
+"""Time the data side of training: augmentation on the device, decoding CIFAR, streaming ImageNet.
+
+Run ``python benchmarks/loading.py``; ``--help`` lists the sizes. All images are made up, of the size and
+about the smoothness of the real ones, and written to a temporary folder.
+"""
+
+import dataclasses
+import functools
+import io
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+from PIL import Image
+from timing import medians, print_setting
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+from training import datasets, imagenet
+from training.augment import augment_batch, normalize
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the measurements."""
+
+    batch: int = 128
+    """Images in a batch for augmentation."""
+    repeats: int = 100
+    """Timed calls of each augmentation; the median counts."""
+    cifar: int = 20_000
+    """Images in the Parquet files of CIFAR's size."""
+    images: int = 512
+    """Images of 400 x 350 pixels for the streams."""
+    stream_batch: int = 32
+    """Images in a batch of a stream."""
+    rounds: int = 5
+    """How often the streams take turns; the median counts."""
+    seconds: float = 3.0
+    """How long to draw from a stream in a round."""
+    workers: tuple[int, ...] = (0, 1, 2)
+    """Numbers of worker processes to compare."""
+
+
+def augmentation(config: Config) -> None:
+    """Time the augmentation of batches of CIFAR's size, already on the device."""
+    shape = (config.batch, 32, 32, 3)
+    images = jax.random.bits(jax.random.key(0), shape, jnp.uint8)
+    mean, std, key = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), jax.random.key(1)
+    augment = functools.partial(augment_batch, key, images, mean, std)
+    plain = jax.jit(normalize)
+    times = medians(
+        {
+            "normalize alone": lambda: plain(images, mean, std),
+            "crop, flip, normalize": augment,
+            "the same and cutout of 16": lambda: augment(cutout=16),
+            "the same in bfloat16": lambda: augment(cutout=16, dtype=jnp.bfloat16),
+        },
+        config.repeats,
+    )
+    print(f"Augmenting {config.batch} images of 32 x 32\n")
+    print("| step | median, ms | images/s |\n| --- | ---: | ---: |")
+    for name, value in times.items():
+        print(f"| {name} | {value:.2f} | {1e3 * config.batch / value:,.0f} |")
+
+
+def made_up(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Return noise with the detail of a photograph: coarse, and a little of it fine."""
+    coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    return Image.fromarray(np.clip(smooth + rng.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    """Return the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, column: str, images: list[bytes], classes: int, rows_in_group: int) -> None:
+    """Write a file in the layout of the Hugging Face hub."""
+    labels = [i % classes for i in range(len(images))]
+    table = pa.table({column: [{"bytes": image, "path": None} for image in images], "label": labels})
+    pq.write_table(table, path, row_group_size=rows_in_group)
+
+
+def decoding(config: Config, folder: Path) -> None:
+    """Time the reading of CIFAR from Parquet files of PNG images."""
+    rng = np.random.default_rng(0)
+    images = [encoded(made_up(rng, 32, 32), "PNG") for _ in range(config.cifar)]
+    for split, part in (("train", images), ("test", images[:1000])):
+        write_parquet(folder / f"{split}-00000-of-00001.parquet", "img", part, 10, 1000)
+    start = time.perf_counter()
+    data = datasets.load("cifar10", folder)
+    seconds = time.perf_counter() - start
+    count = len(data.train.labels) + len(data.test.labels)
+    print(f"\nLoading {count:,} images of 32 x 32 from Parquet files, {os.cpu_count()} cores\n")
+    print("| seconds | images/s |\n| ---: | ---: |")
+    print(f"| {seconds:.1f} | {count / seconds:,.0f} |")
+
+
+def rate(batches: Iterator[dict[str, np.ndarray]], config: Config) -> float:
+    """Return images per second, once the batches that wait in buffers have been taken."""
+    for _ in range(2 * max(1, *config.workers) + 8):
+        next(batches)
+    count, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < config.seconds:
+        next(batches)
+        count += config.stream_batch
+    return count / passed
+
+
+def streaming(config: Config, folder: Path) -> None:
+    """Time the stream of training batches, from files and from Parquet, by the number of workers."""
+    rng = np.random.default_rng(0)
+    images = [encoded(made_up(rng, 400, 350), "JPEG") for _ in range(config.images)]
+    write_parquet(folder / "train-00000-of-00001.parquet", "image", images, 10, 100)
+    for i, image in enumerate(images):
+        place = folder / "train" / str(i % 10)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i}.JPEG").write_bytes(image)
+    sources = {
+        "folder": imagenet.image_folder(folder, "train"),
+        "Parquet": imagenet.parquet(folder, "train", classes=10),
+    }
+    size = f"400 x 350, {sum(map(len, images)) / len(images) / 1000:.0f} kB"
+    print(f"\nStreaming crops of 224 x 224 from JPEG images of {size}, {os.cpu_count()} cores\n")
+    streams, first, rates = {}, {}, {}
+    for key in itertools.product(sources, config.workers):
+        batches = imagenet.train_batches(
+            sources[key[0]], batch=config.stream_batch, steps=10**6, workers=key[1]
+        )
+        start = time.perf_counter()
+        next(batches)
+        streams[key], first[key], rates[key] = batches, time.perf_counter() - start, []
+    for _ in range(config.rounds):  # a stream whose turn it is not fills its buffers and then waits
+        for key, batches in streams.items():
+            rates[key].append(rate(batches, config))
+    print("| source | workers | first batch after, s | images/s |\n| --- | ---: | ---: | ---: |")
+    for key, batches in streams.items():
+        batches.close()
+        print(f"| {key[0]} | {key[1]} | {first[key]:.1f} | {np.median(rates[key]):,.0f} |")
+
+
+if __name__ == "__main__":
+    config = tyro.cli(Config, description=__doc__)
+    print_setting()
+    augmentation(config)
+    with tempfile.TemporaryDirectory() as cifar, tempfile.TemporaryDirectory() as photographs:
+        decoding(config, Path(cifar))
+        streaming(config, Path(photographs))

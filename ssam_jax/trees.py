@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
 
 def leaf_paths(tree: chex.ArrayTree) -> list[str]:
@@ -16,8 +16,13 @@ def leaf_paths(tree: chex.ArrayTree) -> list[str]:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Return a key path as one string, its parts joined by ``/``."""
-    return keystr(path, simple=True, separator="/")
+    """Return a key path as one string, its parts joined by ``/``.
+
+    A last attribute ``value`` is left out: it is the array in one of Flax's boxes (``nnx.Variable``,
+    ``nn.Partitioned``), and the name is the box's.
+    """
+    boxed = len(path) > 1 and path[-1] == GetAttrKey("value")
+    return keystr(path[:-1] if boxed else path, simple=True, separator="/")
 
 
 def map_with_path(fn: Callable[..., Any], tree: chex.ArrayTree, *rest: chex.ArrayTree) -> Any:

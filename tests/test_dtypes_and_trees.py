@@ -179,6 +179,17 @@ def test_a_tree_of_any_kind_takes_a_step(tree, rule):
         assert jax.tree.structure(ssam_jax.get_mask(after)) == jax.tree.structure(params)
 
 
+def test_a_parameter_in_a_box_of_flax_goes_by_the_name_of_the_box():
+    def box(x):
+        return flax.linen.Partitioned(x, names=(None,) * x.ndim)
+
+    params = {"layer": {"bias": box(ones(4)), "kernel": box(ones(2, 4)), "value": ones(4)}, "value": ones()}
+    names = ["layer/bias", "layer/kernel", "layer/value", "value"]
+    assert ssam_jax.trees.leaf_paths(params) == names
+    tx = ssam_jax.ssam(0.1, ssam_jax.fixed_mask(lambda path: path == "layer/bias"))
+    assert ssam_jax.active_leaves(tx.init(params)) == (True, False, False, False)
+
+
 @pytest.mark.parametrize("tree", TREES)
 def test_alternating_takes_a_tree_of_any_kind(tree):
     params = TREES[tree]

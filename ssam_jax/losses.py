@@ -33,9 +33,7 @@ def trace_loss(loss_fn: Callable[..., Any], params: Params, *args: Any, has_aux:
         value = loss_fn(params, *args)
         leaves: list[Any] = []
         if has_aux:
-            if not isinstance(value, tuple) or len(value) != 2:
-                raise TypeError(f"loss_fn must return (loss, aux) with has_aux=True, got {value!r}.")
-            value, rest = value
+            value, rest = loss_and_aux(value)
             leaves, aux = jax.tree.flatten(rest)
             static[:] = [_ARRAY if _is_array(leaf) else leaf for leaf in leaves]
         check_loss(value)
@@ -59,6 +57,13 @@ _ARRAY = object()
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+
+
+def loss_and_aux(value: Any) -> tuple[Any, Any]:
+    """Return what a loss with aux returned, or raise unless it is a pair."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"loss_fn must return a pair (loss, aux), got {value!r}.")
+    return value
 
 
 def check_loss(value: Any) -> None:

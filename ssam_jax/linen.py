@@ -1,0 +1,174 @@
+"""Flax Linen: a train state that takes SAM's step, and gives it what the two passes need."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Self
+
+import jax
+import optax
+from flax.training import train_state
+
+import ssam_jax
+from ssam_jax.active import Active
+from ssam_jax.losses import loss_and_aux
+from ssam_jax.typing import GradFn, Gradients, Mask, Params
+
+
+class Passes(NamedTuple):
+    """What `TrainState.value_and_grad` finds, all of it in the clean pass but for ``grad_fn``.
+
+    Attributes:
+      value: the loss, a floating-point scalar.
+      aux: what ``loss_fn`` returned beside it.
+      grads: the ascent gradient, shaped like the parameters.
+      grad_fn: ``grad_fn(params, i)``, the gradient of the same batch elsewhere, with the same dropout.
+      batch_stats: the new batch statistics, or None.
+    """
+
+    value: jax.Array
+    aux: Any
+    grads: Gradients
+    grad_fn: GradFn
+    batch_stats: Any
+
+
+class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
+    """Flax's ``TrainState`` with batch statistics, a dropout key, and ``grad_fn`` for `ssam`.
+
+    A training step reads::
+
+        @jax.jit
+        def train_step(state, images, labels):
+            def loss_fn(apply, images, labels):
+                logits = apply(images, train=True)
+                return cross_entropy(logits, labels), logits
+
+            passes = state.value_and_grad(loss_fn, images, labels)
+            state = state.apply_gradients(
+                grads=passes.grads, grad_fn=passes.grad_fn, batch_stats=passes.batch_stats
+            )
+            return state, passes.value
+
+    ``apply(*inputs, **kwargs)`` is the model's ``apply`` with its variables and its dropout key, and
+    returns the model's output alone. Where a loss calls it more than once, each call starts from the
+    statistics that the last one left, and drops other units. The key of the first is
+    ``fold_in(dropout_key, step)``; keys for other streams go into ``rngs``.
+
+    Batch statistics, loss and aux are those of the clean pass; both passes drop the same units, and
+    the next step others. The ascent gradient of a part of the batch takes a second call, of which only
+    ``grad_fn`` is used::
+
+        passes = state.value_and_grad(loss_fn, images[:32], labels[:32])
+        grad_fn = state.value_and_grad(loss_fn, images, labels).grad_fn
+
+    Attributes:
+      batch_stats: the collection of that name, or None if the model has none.
+      dropout_key: the key from which each step's is folded, or None for a model without dropout.
+
+    >>> import flax.linen as nn, jax.numpy as jnp
+    >>> model = nn.Dense(1)
+    >>> params = model.init(jax.random.key(0), jnp.ones((1, 2)))["params"]
+    >>> tx = optax.chain(ssam_jax.ssam(rho=0.1), optax.sgd(0.1))
+    >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    >>> passes = state.value_and_grad(lambda apply, x: (jnp.sum(apply(x) ** 2), None), jnp.ones((1, 2)))
+    >>> int(state.apply_gradients(grads=passes.grads, grad_fn=passes.grad_fn).step)
+    1
+    """
+
+    batch_stats: Any = None
+    dropout_key: jax.Array | None = None
+
+    def apply_gradients(self, *, grads: Gradients, **kwargs: Any) -> Self:
+        """Return the state after a step.
+
+        Args:
+          grads: the (ascent) gradient, shaped like ``params``.
+          **kwargs: ``grad_fn`` goes to the transformation; None means a step without the ascent. The
+            others are fields to replace, such as ``batch_stats``.
+
+        Raises:
+          TypeError: there is a `ssam` in the transformation and no ``grad_fn``.
+        """
+        extra = {"grad_fn": kwargs.pop("grad_fn")} if "grad_fn" in kwargs else {}
+        update = functools.partial(optax.with_extra_args_support(self.tx).update, **extra)
+        told = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
+        step = super(TrainState, told).apply_gradients
+        return step(grads=grads, **{"tx": self.tx, **kwargs})  # type: ignore[no-untyped-call]
+
+    def pure_loss(self, loss_fn: Callable[..., Any]) -> Callable[..., tuple[Any, tuple[Any, Any]]]:
+        """Return ``fn(params, *args) -> (loss, (batch_stats, aux))``, to differentiate with ``has_aux=True``.
+
+        Args:
+          loss_fn: ``loss_fn(apply, *args)`` returns ``(loss, aux)``.
+
+        Returns:
+          A function that raises TypeError if ``loss_fn`` returns no pair.
+        """
+
+        def pure(params: Params, *args: Any) -> tuple[Any, tuple[Any, Any]]:
+            batch_stats, calls = self.batch_stats, 0
+
+            def apply(*inputs: Any, **kwargs: Any) -> Any:
+                nonlocal batch_stats, calls
+                if self.dropout_key is not None:
+                    key = jax.random.fold_in(self.dropout_key, self.step)
+                    key = jax.random.fold_in(key, calls) if calls else key
+                    kwargs["rngs"] = {"dropout": key, **kwargs.get("rngs", {})}
+                calls += 1
+                if batch_stats is None:
+                    return self.apply_fn({"params": params}, *inputs, **kwargs)
+                variables = {"params": params, "batch_stats": batch_stats}
+                output, new = self.apply_fn(variables, *inputs, mutable=["batch_stats"], **kwargs)
+                batch_stats = new["batch_stats"]
+                return output
+
+            loss, aux = loss_and_aux(loss_fn(apply, *args))
+            return loss, (batch_stats, aux)
+
+        return pure
+
+    def value_and_grad(
+        self,
+        loss_fn: Callable[..., Any],
+        *args: Any,
+        active: Active | None = None,
+        mask: Mask | Active | None = None,
+        form: Literal["explicit", "implicit"] = "explicit",
+        strict: bool = True,
+        shared: bool = True,
+    ) -> Passes:
+        """Return loss, aux, ascent gradient and new batch statistics, and the gradient elsewhere.
+
+        Args:
+          loss_fn: ``loss_fn(apply, *args)`` returns ``(loss, aux)``.
+          *args: the batch, and whatever else ``loss_fn`` takes.
+          active: as `two_pass_value_and_grad` takes it, with ``mask``, ``form`` and ``strict``.
+          mask: for the implicit form.
+          form: ``"explicit"`` or ``"implicit"``.
+          strict: for the implicit form.
+          shared: whether the passes share what they can (`two_pass_value_and_grad`); otherwise they are
+            two whole gradients.
+
+        Raises:
+          TypeError: ``loss_fn`` returns no pair, or no real floating-point loss.
+          ValueError: ``active``, ``mask`` or ``form`` is given with ``shared=False``; or as
+            `two_pass_value_and_grad` raises it.
+        """
+        loss = self.pure_loss(loss_fn)
+        grad_fn: GradFn
+        if shared:
+            two_pass = ssam_jax.two_pass_value_and_grad(loss, has_aux=True, form=form, strict=strict)
+            (value, rest), grads, grad_fn = two_pass(self.params, *args, active=active, mask=mask)
+        elif active is None and mask is None and form == "explicit":
+            whole = jax.value_and_grad(loss, has_aux=True)
+            (value, rest), grads = whole(self.params, *args)
+
+            def grad_fn(params: Params, step: int, /) -> Gradients:
+                return whole(params, *args)[1]
+        else:
+            raise ValueError(
+                "active, mask and form='implicit' need shared=True: two whole gradients are exact and of all"
+                f" leaves. Got active={active!r}, form={form!r} and {'no' if mask is None else 'a'} mask."
+            )
+        batch_stats, aux = rest
+        return Passes(value, aux, grads, grad_fn, batch_stats)

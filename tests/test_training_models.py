@@ -135,6 +135,7 @@ def test_vgg_for_cifar_has_the_parameters_of_its_layers(name):
 @pytest.mark.parametrize(
     ("name", "stem", "size", "expected"),
     [
+        ("resnet6", "cifar", 32, [8, 4]),
         ("resnet8", "cifar", 8, [8, 4, 2]),
         ("resnet18", "cifar", 32, [32, 16, 8, 4]),
         ("resnet18", "imagenet", 224, [56, 28, 14, 7]),
@@ -371,7 +372,7 @@ def test_the_implicit_form_follows_every_mask_to_its_product(name, dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "resnet19"}, "name must be one of mlp, resnet8, resnet18, .*, vit-s, got 'resnet19'"),
+        ({"name": "resnet19"}, "name must be one of mlp, resnet6, resnet8, .*, vit-s, got 'resnet19'"),
         ({"stem": "mnist"}, "stem must be one of cifar, imagenet, got 'mnist'"),
         ({"classes": 0}, "classes must be at least 1, got 0"),
     ],

@@ -162,6 +162,7 @@ class ResNet(Classifier):
       stem_width: channels of the stem.
       preactivated: whether blocks normalise first, so that one normalisation comes after them all
         and none in the stem.
+      small_stem: size and stride of the stem's convolution for small images.
     """
 
     counts: tuple[int, ...]
@@ -169,11 +170,12 @@ class ResNet(Classifier):
     width: int = 64
     stem_width: int = 64
     preactivated: bool = False
+    small_stem: tuple[int, int] = (3, 1)
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Return logits; for ImageNet a quarter of the height and width leaves the stem."""
-        size, stride = (7, 2) if self.kind == "imagenet" else (3, 1)
+        size, stride = (7, 2) if self.kind == "imagenet" else self.small_stem
         x = conv(self.stem_width, size, stride, self.dtype, "stem")(images)
         if not self.preactivated:
             x = nn.relu(batch_norm(train, self.dtype, "norm_stem")(x))
@@ -284,6 +286,9 @@ wide = functools.partial(ResNet, block=WideBlock, width=160, stem_width=16, prea
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": functools.partial(Mlp, width=128),
+    "resnet6": functools.partial(
+        ResNet, counts=(1, 1), block=basic, width=32, stem_width=32, small_stem=(5, 4)
+    ),
     "resnet8": functools.partial(ResNet, counts=(1, 1, 1), block=basic, width=16, stem_width=16),
     "resnet18": functools.partial(ResNet, counts=(2, 2, 2, 2), block=basic),
     "resnet34": functools.partial(ResNet, counts=(3, 4, 6, 3), block=basic),

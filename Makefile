@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-oldest lint types bench clean
+.PHONY: demo test test-oldest lint types bench results clean
 
 $(VENV)/made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,9 @@ bench: $(VENV)/made
 	$(BIN)/python benchmarks/two_pass.py
 	$(BIN)/python benchmarks/implicit.py
 	$(BIN)/python benchmarks/loading.py
+
+results: $(VENV)/made  ## the study of docs/results.md: make results DATA=folder-of-cifar10
+	$(BIN)/python examples/results.py --data $(DATA)
 
 clean:
 	rm -rf $(VENV) .venv-oldest outputs .pytest_cache .mypy_cache .ruff_cache

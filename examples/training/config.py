@@ -49,8 +49,8 @@ class Config:
     workers: int = 4
     """Processes that read and augment imagenet."""
 
-    model: Model = "resnet6"
-    """The network. mlp, resnet6 (the fastest on a CPU), resnet8 and vit-tiny are small."""
+    model: Model = "resnet8"
+    """The network. mlp, resnet6 (for CIFAR on a CPU), resnet8 and vit-tiny are small."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What activations are computed in. Parameters, statistics and the loss are float32."""
 

@@ -144,10 +144,11 @@ def trained(study: Study, row: Row, name: str, rho: float, seed: int) -> dict[st
     try:
         state, rows = run.train(config)
     except FloatingPointError:
-        result = {**identity, "diverged": True, "valid_accuracy": 0.0}
+        result = {"diverged": True, "valid_accuracy": 0.0}
     else:
-        result = {**identity, "diverged": False, **rows[-1], **sharpness(study, config, state)}
+        result = {"diverged": False, **rows[-1], **sharpness(study, config, state)}
     result.pop("density_by_leaf", None)
+    result |= identity  # last: a run's final learning rate is not the study's
     write_whole(path, "".join(json.dumps(line) + "\n" for line in [*known, result]))
     return result
 

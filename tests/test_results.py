@@ -49,7 +49,7 @@ def test_a_run_is_made_once_and_one_of_another_study_is_another(monkeypatch, tmp
         trainings.append(config)
         if config.rho > 1:
             raise FloatingPointError
-        return None, [{"test_accuracy": 0.5, "valid_accuracy": 0.5, "density_by_leaf": {}}]
+        return None, [{"test_accuracy": 0.5, "valid_accuracy": 0.5, "lr": 0.0, "density_by_leaf": {}}]
 
     monkeypatch.setattr(run, "train", train)
     monkeypatch.setattr(results, "sharpness", lambda *args: {"sharpness": 0.1})

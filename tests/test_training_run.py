@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import train
 from PIL import Image
+from tensorboardX.proto import event_pb2
 from tiny import assert_same
 from training import report, run
 from training.config import Config
@@ -188,12 +189,57 @@ def test_metrics_written_after_the_last_checkpoint_are_written_again(tmp_path):
     assert run.train(config)[1] == rows == read_rows(config.out / "metrics.jsonl")
 
 
-def test_tensorboard_gets_the_numbers_and_a_missing_module_is_named(tmp_path, monkeypatch):
-    config, _, _ = trained(tmp_path, tensorboard=True)
-    assert any((config.out / "tensorboard").iterdir())
+def test_tensorboard_gets_the_numbers(tmp_path):
+    config, _, rows = trained(tmp_path, tensorboard=True)
+    (path,) = (config.out / "tensorboard").iterdir()
+    written = [(event.step, value) for event in events(path) for value in event.summary.value]
+    losses = {step: value.simple_value for step, value in written if value.tag == "train_loss"}
+    assert losses == {row["step"]: np.float32(row["train_loss"]) for row in rows}
+
+
+def events(path):
+    """Yield the events of a file for TensorBoard: each after its length and a checksum, before another."""
+    data = path.read_bytes()
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        yield event_pb2.Event.FromString(data[12 : 12 + size])
+        data = data[12 + size + 4 :]
+
+
+class Board:
+    """Stands for the module wandb, which needs an account or a service of its own."""
+
+    def __init__(self):
+        self.runs, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.runs.append(options)
+        return self
+
+    def log(self, row, step):
+        self.logged.append((step, row))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_the_numbers_and_a_folder_is_a_run(tmp_path, monkeypatch):
+    board = Board()
+    monkeypatch.setitem(sys.modules, "wandb", board)
+    _, _, rows = trained(tmp_path / "a", wandb=True)
+    for folder in ("a", "b"):
+        trained(tmp_path / folder, wandb=True)
+    assert board.logged[: len(rows)] == [(row["step"], row) for row in rows]
+    assert [run["name"] for run in board.runs] == ["run"] * 3 and board.finished == 3
+    first, again, other = (run["id"] for run in board.runs)
+    assert first == again != other
+
+
+def test_a_module_that_is_missing_is_named_before_anything_is_compiled(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="--wandb needs wandb: pip install wandb"):
-        run.train(dataclasses.replace(config, wandb=True))
+    with pytest.raises(SystemExit, match="error: --wandb needs wandb: pip install wandb"):
+        train.main(["--wandb", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line_says_in_a_sentence_what_is_wrong(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The loop: epochs, metrics, checkpoints; a run that was killed goes on bit for bit."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,7 +22,7 @@ from training.config import Config, check
 from training.feeds import Feed, MemoryFeed, StreamFeed
 from training.methods import Chosen, make_schedule
 from training.programs import Programs, Totals, make_programs
-from training.trackers import Tracker, write_whole
+from training.trackers import MODULES, Tracker, needed, write_whole
 
 LOOK_EVERY = 20  # steps between two looks at the loss, each of which waits for the device
 TRACED = {"seed": 0, "rho": 1.0, "lr": 1.0, "weight_decay": 0.0}  # what the compiled functions take
@@ -64,9 +65,13 @@ def prepare(config: Config) -> Prepared:
 
     Raises:
       FileNotFoundError: the data are not there.
-      ValueError: the settings do not fit one another, the data, the model or the devices.
+      ValueError: the settings do not fit one another, the data, the model or the devices, or a module is
+        not there that a flag needs.
     """
     check(config)
+    for flag in MODULES:
+        if getattr(config, flag):
+            needed(flag)
     prepared = _prepare(dataclasses.replace(config, **TRACED, **BESIDE), config.workers)
     jax.eval_shape(prepared.programs.init, 0)  # the model, mask and optimizer fit
     return prepared
@@ -133,8 +138,9 @@ def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
     steps = config.epochs * feed.steps_per_epoch
     with ocp.CheckpointManager((config.out / "checkpoints").absolute(), options=options) as manager:
         at = _resume(manager, programs.init(config.seed), programs.no_totals())
+        bar = tqdm(total=steps, initial=at.step, unit="step", desc=config.out.name, smoothing=0.05)
         tracker = Tracker(config, last_epoch=at.step // feed.steps_per_epoch)
-        with tqdm(total=steps, initial=at.step, unit="step", desc=config.out.name, smoothing=0.05) as bar:
+        with bar, contextlib.closing(tracker):
             while at.step < steps:
                 epoch = at.step // feed.steps_per_epoch
                 at, row = _train_epoch(config, feed, programs, at, bar, functools.partial(_save, manager))

@@ -1,16 +1,20 @@
 """Metrics: JSON lines always, TensorBoard and Weights & Biases when asked."""
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from training.config import Config
 
+MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # what the flags need
+
 
 class Tracker:
-    """Writes a row of metrics for each epoch, and knows those of the epochs before.
+    """Writes a row of metrics for each epoch, and knows those of the epochs before; to be closed.
 
     Attributes:
       rows: the metrics of each epoch so far.
@@ -21,18 +25,24 @@ class Tracker:
         self.rows = [row for row in read_rows(self._path) if row["epoch"] <= last_epoch]
         # What a killed run wrote after its last checkpoint will be written again.
         write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._writers = []
+        self._writers: list[Callable[[dict[str, Any]], Any]] = []
+        self._closers: list[Callable[[], Any]] = []
         if config.tensorboard:
-            board = needed("tensorboardX", "--tensorboard").SummaryWriter(str(config.out / "tensorboard"))
+            board = needed("tensorboard").SummaryWriter(str(config.out / "tensorboard"))
             self._writers.append(
                 lambda row: [board.add_scalar(name, value, row["step"]) for name, value in row.items()]
             )
+            self._closers.append(board.close)
         if config.wandb:
             settings = dataclasses.asdict(config) | {"out": str(config.out), "data": str(config.data)}
-            run = needed("wandb", "--wandb").init(
-                project="ssam_jax", config=settings, dir=str(config.out), id=config.out.name, resume="allow"
+            name, folder = config.out.name, str(config.out.absolute())
+            # The same folder is the same run; folders of one name are not.
+            identity = hashlib.sha256(folder.encode()).hexdigest()[:16]
+            run = needed("wandb").init(
+                project="ssam_jax", name=name, id=identity, resume="allow", config=settings, dir=folder
             )
             self._writers.append(lambda row: run.log(row, step=row["step"]))
+            self._closers.append(run.finish)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row."""
@@ -43,13 +53,23 @@ class Tracker:
         for write in self._writers:
             write(scalars)
 
+    def close(self) -> None:
+        """Write what the writers still hold."""
+        for close in self._closers:
+            close()
 
-def needed(module: str, flag: str) -> Any:
-    """Import an optional module, or say what wants it."""
+
+def needed(flag: str) -> Any:
+    """Import the module that a flag needs.
+
+    Raises:
+      ValueError: it is not there.
+    """
+    module = MODULES[flag]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{flag} needs {module}: pip install {module}.") from error
+        raise ValueError(f"--{flag} needs {module}: pip install {module}.") from error
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -166,7 +166,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     metrics = changed.out / "metrics.jsonl"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(read_rows(metrics)) < 2 and process.poll() is None:
-        time.sleep(0.001)
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and 2 <= len(read_rows(metrics)) < 6
     subprocess.run(command, env=environment, check=True, capture_output=True)

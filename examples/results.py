@@ -214,9 +214,7 @@ def _repeated(compiled: Any, state: Any, rest: tuple) -> Any:
 
 def time_steps(study: Study, rows: dict[str, Row], results: dict[str, Any]) -> None:
     """Add to the results the time of a step of each row, timed in turn, and its memory."""
-    steps = {
-        name: compiled_steps(study, row, name, results[name]["rho"] or 1.0) for name, row in rows.items()
-    }
+    steps = {name: compiled_steps(study, row, name) for name, row in rows.items()}
     times: dict[Any, list[float]] = {}
     for turn in tqdm(range(study.timing_rounds + 1), desc="timing", unit="round"):
         for name, several in steps.items():

@@ -7,7 +7,7 @@ import pytest
 import results
 from results import Row, Study
 from training import run
-from training.config import check
+from training.config import Config, check
 
 STUDY = Study(data=pathlib.Path("/nowhere"), seeds=3)
 
@@ -87,6 +87,22 @@ def test_the_table_and_the_picture_show_means_ratios_and_the_front(tmp_path):
     assert list(line.get_xdata()) == pytest.approx([1, 2]) and list(line.get_ydata()) == pytest.approx(
         [45, 60]
     )
+
+
+def test_steps_with_and_without_the_ascent_are_timed_by_their_shares(
+    monkeypatch, tmp_path, relaxed_promotion
+):
+    def small(study, row, name, rho, seed):
+        return Config(
+            model="mlp", limit=64, batch=16, epochs=2, rho=rho, seed=seed, out=tmp_path, **row.changes
+        )
+
+    monkeypatch.setattr(results, "settings", small)
+    rows = {"SGD": Row({}, ()), "SAM": Row({"method": "sam", "ascent_every": 4})}
+    assert [step.share for step in results.compiled_steps(STUDY, rows["SAM"], "SAM")] == [0.25, 0.75]
+    found = {name: {"rho": 0.1} for name in rows}
+    results.time_steps(dataclasses.replace(STUDY, timing_rounds=2), rows, found)
+    assert all(r["step_seconds"] > 0 and r["temporary_bytes"] > 0 for r in found.values())
 
 
 def test_a_row_that_does_not_exist_is_refused():

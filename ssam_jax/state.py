@@ -10,6 +10,7 @@ import numpy as np
 
 from ssam_jax import trees
 from ssam_jax.active import Active, FirstRow
+from ssam_jax.masks import packing
 from ssam_jax.masks.rules import mask_churn
 from ssam_jax.typing import Mask
 
@@ -20,7 +21,7 @@ class SsamState(NamedTuple):
     Attributes:
       step: int32 scalar, the steps taken; rho's schedule and the mask rule see it.
       leaf_sizes: float32 of shape (leaves,), the number of entries of each parameter.
-      mask_state: the state of the mask rule, with a field ``mask``; None for dense SAM.
+      mask_state: the state of the mask rule, with a ``mask``; None for dense SAM.
     """
 
     step: jax.Array
@@ -83,7 +84,9 @@ def set_mask(opt_state: chex.ArrayTree, mask: Mask) -> Any:
         )
     old = state.mask_state.mask
     new = _fitted(mask, old)
-    mask_state = state.mask_state._replace(mask=new)
+    bits = getattr(state.mask_state, "bits", None)  # the library's own rules keep them
+    kept = {"mask": new} if bits is None else {"bits": packing.pack_like(new, bits)}
+    mask_state = state.mask_state._replace(**kept)
     if hasattr(mask_state, "churn"):
         mask_state = mask_state._replace(churn=mask_churn(old, new))
     changed = state._replace(mask_state=mask_state)

@@ -160,7 +160,7 @@ def init_state(params: Params, mask: MaskRule | None) -> SsamState:
     sizes = [float(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(params)]
     mask_state = None if mask is None else mask.init(params)
     if mask_state is not None:
-        check_mask(mask_state.mask, params)
+        check_mask(jax.eval_shape(lambda: mask_state.mask), params)
     return SsamState(jnp.zeros((), jnp.int32), jnp.array(sizes, jnp.float32), mask_state)
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     ["trees"],
     ["active"],
     ["masks"],
-    ["masks.selection"],
+    ["masks.selection", "masks.packing"],
     ["masks.patterns"],
     ["masks.rules"],
     ["masks.fisher", "masks.dynamic"],

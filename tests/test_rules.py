@@ -158,7 +158,7 @@ def trader(kind, drop, grow):
 
 
 def start(rule, mask):
-    return jax.eval_shape(rule.init, PARAMS)._replace(mask=mask, churn=jnp.float32(0), key=KEY), PARAMS
+    return jax.eval_shape(rule.init, PARAMS)._replace(bits=mask, churn=jnp.float32(0), key=KEY), PARAMS
 
 
 KEY = jax.random.key_data(jax.random.key(5))

@@ -117,7 +117,7 @@ def test_set_mask_changes_nothing_but_the_mask_and_its_churn():
     state = tx.init(PARAMS)
     fitting = {"a": FULL["a"], "b": np.array(True)}
     changed = ssam_jax.set_mask(state, fitting)
-    kept = changed[0].mask_state._replace(mask=state[0].mask_state.mask, churn=state[0].mask_state.churn)
+    kept = changed[0].mask_state._replace(bits=state[0].mask_state.bits, churn=state[0].mask_state.churn)
     tiny.assert_same((changed[0]._replace(mask_state=kept), changed[1]), state)
 
 

@@ -382,7 +382,7 @@ def test_tree_map_params_maps_what_is_shaped_like_the_parameters(rule):
     assert mapped[1][0].mu == names
     assert mapped[0].step == mapped[0].leaf_sizes == "other"
     if rule != "dense":
-        assert mapped[0].mask_state.mask == names
+        assert mapped[0].mask_state.bits == names
         assert mapped[0].mask_state.churn == "other"
     if rule == "fisher":
         assert mapped[0].mask_state.scores == names

@@ -7,11 +7,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ssam_jax.masks import selection
+from ssam_jax.masks import packing, selection
 from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern
 from ssam_jax.masks.rules import (
     MaskRule,
     as_key,
+    check_packed,
     check_pattern,
     check_refresh_every,
     check_seed,
@@ -28,14 +29,20 @@ class DynamicState(NamedTuple):
     """State of `dynamic_mask`.
 
     Attributes:
-      mask: bool pytree, True where the parameter is perturbed.
+      bits: the mask, its long leaves packed (`ssam_jax.masks.packing`): uint8, uint16 or uint32 words where
+        bool would take a byte for each entry.
       churn: float32 scalar, the share of the perturbed entries that the last renewal brought in.
       key: uint32 key data, folded with the step where randomness is needed.
     """
 
-    mask: Mask
+    bits: Mask
     churn: jax.Array
     key: jax.Array
+
+    @property
+    def mask(self) -> Mask:
+        """The mask: bool pytree, True where the parameter is perturbed."""
+        return packing.unpack(self.bits)
 
 
 def dynamic_mask(
@@ -47,6 +54,7 @@ def dynamic_mask(
     drop: Criterion = "gradient",
     grow: Criterion = "random",
     seed: int | jax.Array = 0,
+    packed: bool = True,
 ) -> MaskRule:
     r"""Perturb a part of the parameters that is traded piece by piece (SSAM-D).
 
@@ -71,6 +79,7 @@ def dynamic_mask(
         ``"weight"``, that of the parameter; or ``"random"``. A unit's score is the mean over it.
       grow: the score by which to grow, the largest first; the same choices.
       seed: seed of the first mask and of everything drawn later.
+      packed: as for `fisher_mask`.
 
     Returns:
       A `MaskRule` with a `DynamicState`.
@@ -88,10 +97,11 @@ def dynamic_mask(
             raise ValueError(f"{name} must be 'gradient', 'weight' or 'random', got {value!r}.")
     fraction = _drop_schedule(drop_fraction, total_steps)
     check_seed(seed)
+    check_packed(packed)
 
     def init(params: Params) -> DynamicState:
         key = key_data(seed)
-        return DynamicState(first_mask(pattern, key, params), jnp.float32(0), key)
+        return DynamicState(first_mask(pattern, key, params, packed), jnp.float32(0), key)
 
     def update(
         state: DynamicState,
@@ -109,8 +119,8 @@ def dynamic_mask(
             to_grow = _unit_keys(units, grow, grow_key, params, descent_grads)
             return _trade(units, state.mask, params, to_keep, to_grow, fraction(step))
 
-        mask, churn = renewed(state, renew, step, refresh_every)
-        return state._replace(mask=mask, churn=churn)
+        bits, churn = renewed(state, renew, step, refresh_every)
+        return state._replace(bits=bits, churn=churn)
 
     return MaskRule(init, update)
 

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from ssam_jax import trees
+from ssam_jax.masks import packing
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.masks.rules import (
     MaskRule,
+    check_packed,
     check_pattern,
     check_refresh_every,
     check_seed,
@@ -25,14 +27,20 @@ class FisherState(NamedTuple):
     """State of `fisher_mask`.
 
     Attributes:
-      mask: bool pytree, True where the parameter is perturbed.
+      bits: the mask, its long leaves packed (`ssam_jax.masks.packing`): uint8, uint16 or uint32 words where
+        bool would take a byte for each entry.
       churn: float32 scalar, the share of the perturbed entries that the last renewal brought in.
       scores: running mean of the squared gradient, shaped like the parameters; None without refresh.
     """
 
-    mask: Mask
+    bits: Mask
     churn: jax.Array
     scores: Scores | None
+
+    @property
+    def mask(self) -> Mask:
+        """The mask: bool pytree, True where the parameter is perturbed."""
+        return packing.unpack(self.bits)
 
 
 def fisher_mask(
@@ -42,6 +50,7 @@ def fisher_mask(
     decay: float = 0.95,
     accumulator_dtype: Any = jnp.float32,
     seed: int | jax.Array = 0,
+    packed: bool = True,
 ) -> MaskRule:
     """Perturb the parameters with the largest Fisher information (SSAM-F).
 
@@ -61,12 +70,15 @@ def fisher_mask(
       accumulator_dtype: dtype of the running mean, which is computed in float32 at least:
         ``float32``, or ``bfloat16`` for half the memory (keep ``decay`` at or below 0.99 then).
       seed: seed of the first mask.
+      packed: whether the state keeps a bit, not a byte, for each entry of a mask, wherever an axis of the
+        leaf is divisible by the bits of a word. On a mesh that does not divide the words (64 output
+        channels, eight words, over more than eight devices) False keeps every leaf sharded.
 
     Returns:
       A `MaskRule` with a `FisherState`.
 
     Raises:
-      TypeError: a pattern or a seed is not one.
+      TypeError: a pattern, a seed or a bool is not one.
       ValueError: ``decay`` or ``refresh_every`` is out of range, or ``accumulator_dtype`` another dtype.
     """
     check_pattern(pattern)
@@ -78,12 +90,13 @@ def fisher_mask(
             f"accumulator_dtype must be float32, bfloat16 or float64, got {accumulator_dtype!r}."
         )
     check_seed(seed)
+    check_packed(packed)
 
     def init(params: Params) -> FisherState:
         scores = None
         if refresh_every is not None:
             scores = jax.tree.map(lambda p: jnp.zeros_like(p, accumulator_dtype), params)
-        return FisherState(first_mask(pattern, key_data(seed), params), jnp.float32(0), scores)
+        return FisherState(first_mask(pattern, key_data(seed), params, packed), jnp.float32(0), scores)
 
     def update(
         state: FisherState,
@@ -104,8 +117,8 @@ def fisher_mask(
             return jnp.where(jnp.isfinite(square), mean, past).astype(score.dtype)
 
         scores = jax.tree.map(accumulate, state.scores, descent_grads)
-        mask, churn = renewed(state, lambda: pattern(scores), step, refresh_every)
-        return FisherState(mask, churn, scores)
+        bits, churn = renewed(state, lambda: pattern(scores), step, refresh_every)
+        return FisherState(bits, churn, scores)
 
     return MaskRule(init, update)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ssam_jax import trees
+from ssam_jax.masks import packing
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.typing import Gradients, Mask, Params
 
@@ -42,8 +43,9 @@ class MaskRule(NamedTuple):
 
     Attributes:
       init: ``init(params) -> state``. A state is a NamedTuple of arrays with a field ``mask``, a pytree
-        of bool arrays of the structure of the parameters whose leaves broadcast against them. A
-        field ``churn``, a float32 scalar, is read by `mask_stats` and written by `set_mask`.
+        of bool arrays of the structure of the parameters whose leaves broadcast against them (or a
+        field ``bits``, that pytree packed, and a property ``mask``). A field ``churn``, a float32
+        scalar, is read by `mask_stats` and written by `set_mask`.
       update: ``update(state, params, ascent_grads, descent_grads, step, **extra) -> state``, with
         ``step`` an int32 scalar that counts from 0. ``ascent_grads`` is the gradient at ``params``,
         or None under `alternating`, which does not keep it. ``extra`` holds the extra arguments of
@@ -58,38 +60,48 @@ class MaskState(NamedTuple):
     """State of `random_mask` and `fixed_mask`.
 
     Attributes:
-      mask: bool pytree, True where the parameter is perturbed.
+      bits: the mask, its long leaves packed (`ssam_jax.masks.packing`): uint8, uint16 or uint32 words where
+        bool would take a byte for each entry.
       churn: float32 scalar, the share of the perturbed entries that the last renewal brought in.
       key: uint32 key data, folded with the step where randomness is needed; None for `fixed_mask`.
     """
 
-    mask: Mask
+    bits: Mask
     churn: jax.Array
     key: jax.Array | None
 
+    @property
+    def mask(self) -> Mask:
+        """The mask: bool pytree, True where the parameter is perturbed."""
+        return packing.unpack(self.bits)
 
-def random_mask(pattern: Pattern, *, refresh_every: int | None = None, seed: int | jax.Array = 0) -> MaskRule:
+
+def random_mask(
+    pattern: Pattern, *, refresh_every: int | None = None, seed: int | jax.Array = 0, packed: bool = True
+) -> MaskRule:
     """Perturb a random part of the parameters, for ablations.
 
     Args:
       pattern: the shape and size of the part.
       refresh_every: draw a new mask at the end of every so many steps; None keeps the first.
       seed: an integer, Python's or a traced scalar (to ``vmap`` over seeds).
+      packed: as for `fisher_mask`.
 
     Returns:
       A `MaskRule` with a `MaskState`.
 
     Raises:
-      TypeError: a pattern or a seed is not one.
+      TypeError: a pattern, a seed or a bool is not one.
       ValueError: ``refresh_every`` is below 1.
     """
     check_pattern(pattern)
     check_refresh_every(refresh_every)
     check_seed(seed)
+    check_packed(packed)
 
     def init(params: Params) -> MaskState:
         key = key_data(seed)
-        return MaskState(first_mask(pattern, key, params), jnp.float32(0), key)
+        return MaskState(first_mask(pattern, key, params, packed), jnp.float32(0), key)
 
     def update(
         state: MaskState, params: Params, ascent_grads: Any, descent_grads: Any, step: jax.Array, **extra: Any
@@ -99,13 +111,13 @@ def random_mask(pattern: Pattern, *, refresh_every: int | None = None, seed: int
         def renew() -> Mask:
             return pattern.random(jax.random.fold_in(as_key(state.key), step + 1), params)
 
-        mask, churn = renewed(state, renew, step, refresh_every)
-        return state._replace(mask=mask, churn=churn)
+        bits, churn = renewed(state, renew, step, refresh_every)
+        return state._replace(bits=bits, churn=churn)
 
     return MaskRule(init, update)
 
 
-def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool]) -> MaskRule:
+def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool], *, packed: bool = True) -> MaskRule:
     """Perturb a part of the parameters that is chosen once, by hand.
 
     Args:
@@ -113,14 +125,16 @@ def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool]) -> MaskRule:
         leaves broadcast against them; or a function of a parameter's path, such as
         ``"params/Dense_0/kernel"``, that returns whether to perturb it. "Norm layers only" is
         ``fixed_mask(lambda path: "norm" in path.lower())``.
+      packed: as for `fisher_mask`.
 
     Returns:
       A `MaskRule` with a `MaskState`. Only `set_mask` changes the mask.
 
     Raises:
-      TypeError: at ``init``, a leaf of the tree or a predicate's answer is not bool.
+      TypeError: ``packed`` is not a bool; or at ``init``, a leaf of the tree or a predicate's answer.
       ValueError: at ``init``, the tree does not fit the parameters.
     """
+    check_packed(packed)
 
     def init(params: Params) -> MaskState:
         if callable(tree_or_predicate):
@@ -128,7 +142,7 @@ def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool]) -> MaskRule:
         else:
             mask = _spread(tree_or_predicate, params)
         check_mask(mask, params)
-        return MaskState(mask, jnp.float32(0), None)
+        return MaskState(packing.pack(mask) if packed else mask, jnp.float32(0), None)
 
     def update(state: MaskState, *args: Any, **extra: Any) -> MaskState:
         del args, extra
@@ -159,18 +173,18 @@ def _spread(prefix: Mask, params: Params) -> Mask:
 def renewed(
     state: Any, renew: Callable[[], Mask], step: jax.Array, refresh_every: int | None
 ) -> tuple[Mask, jax.Array]:
-    """Return the mask and its churn after a step: new ones at the end of every k-th, else the old.
+    """Return the bits of the mask and its churn after a step: new at the end of every k-th, else the old.
 
     The renewal is under ``lax.cond``, so the other steps do not pay for it.
     """
     if refresh_every is None:
-        return state.mask, state.churn
+        return state.bits, state.churn
 
     def replace() -> tuple[Mask, jax.Array]:
         mask = renew()
-        return mask, mask_churn(state.mask, mask)
+        return packing.pack_like(mask, state.bits), mask_churn(state.mask, mask)
 
-    return jax.lax.cond((step + 1) % refresh_every == 0, replace, lambda: (state.mask, state.churn))
+    return jax.lax.cond((step + 1) % refresh_every == 0, replace, lambda: (state.bits, state.churn))
 
 
 def mask_churn(old: Mask, new: Mask) -> jax.Array:
@@ -185,10 +199,11 @@ def mask_churn(old: Mask, new: Mask) -> jax.Array:
     return jnp.where(active > 0, came / jnp.maximum(active, 1), 0)
 
 
-def first_mask(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
-    """Return a random mask that obeys the pattern: masked from the first step on."""
+def first_mask(pattern: Pattern, key: jax.Array, params: Params, packed: bool) -> Mask:
+    """Return the bits of a random mask that obeys the pattern: masked from the first step on."""
     leaves, treedef = jax.tree.flatten(params)
-    return _draw(pattern, treedef, tuple(jnp.shape(leaf) for leaf in leaves), key)
+    mask = _draw(pattern, treedef, tuple(jnp.shape(leaf) for leaf in leaves), key)
+    return packing.pack(mask) if packed else mask
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -217,6 +232,12 @@ def check_pattern(pattern: Any) -> None:
         )
     if type(pattern).__hash__ is None:
         raise TypeError(f"pattern must be hashable (a frozen dataclass, for instance), got {pattern!r}.")
+
+
+def check_packed(packed: Any) -> None:
+    """Raise TypeError unless ``packed`` is a bool."""
+    if not isinstance(packed, bool):
+        raise TypeError(f"packed must be a bool, got {packed!r}.")
 
 
 def check_seed(seed: Any) -> None:

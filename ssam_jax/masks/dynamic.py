@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ssam_jax import shardings
 from ssam_jax.masks import selection
 from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern
 from ssam_jax.masks.rules import (
@@ -89,6 +90,12 @@ def dynamic_mask(
     fraction = _drop_schedule(drop_fraction, total_steps)
     check_seed(seed)
 
+    def traded(params: Params, key: jax.Array, mask: Mask, grads: Gradients, share: Any) -> Mask:
+        drop_key, grow_key = jax.random.split(key)
+        to_keep = _unit_keys(units, drop, drop_key, params, grads)
+        to_grow = _unit_keys(units, grow, grow_key, params, grads)
+        return _trade(units, mask, params, to_keep, to_grow, share)
+
     def init(params: Params) -> DynamicState:
         key = key_data(seed)
         return DynamicState(first_mask(pattern, key, params), jnp.float32(0), key)
@@ -104,10 +111,10 @@ def dynamic_mask(
         del ascent_grads, extra
 
         def renew() -> Mask:
-            drop_key, grow_key = jax.random.split(jax.random.fold_in(as_key(state.key), step + 1))
-            to_keep = _unit_keys(units, drop, drop_key, params, descent_grads)
-            to_grow = _unit_keys(units, grow, grow_key, params, descent_grads)
-            return _trade(units, state.mask, params, to_keep, to_grow, fraction(step))
+            key = jax.random.fold_in(as_key(state.key), step + 1)
+            args = key, state.mask, descent_grads, fraction(step)
+            mask = shardings.computed_like(params, traded, *args)
+            return jax.tree.map(shardings.alike, mask, params)
 
         mask, churn = renewed(state, renew, step, refresh_every)
         return state._replace(mask=mask, churn=churn)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from ssam_jax import trees
+from ssam_jax import shardings, trees
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.typing import Gradients, Mask, Params
 
@@ -128,7 +128,7 @@ def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool]) -> MaskRule:
         else:
             mask = _spread(tree_or_predicate, params)
         check_mask(mask, params)
-        return MaskState(mask, jnp.float32(0), None)
+        return MaskState(jax.tree.map(shardings.alike, mask, params), jnp.float32(0), None)
 
     def update(state: MaskState, *args: Any, **extra: Any) -> MaskState:
         del args, extra
@@ -188,13 +188,32 @@ def mask_churn(old: Mask, new: Mask) -> jax.Array:
 def first_mask(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
     """Return a random mask that obeys the pattern: masked from the first step on."""
     leaves, treedef = jax.tree.flatten(params)
-    return _draw(pattern, treedef, tuple(jnp.shape(leaf) for leaf in leaves), key)
+    if any(isinstance(leaf, jax.core.Tracer) or shardings.explicit(leaf) for leaf in leaves):
+        return _draw_like(pattern, key, params)
+    shapes = tuple(jnp.shape(leaf) for leaf in leaves)
+    placed = tuple(shardings.concrete(leaf) for leaf in leaves)
+    if len({frozenset(s.device_set) for s in placed if s is not None}) > 1:  # no program spans them
+        mask = _draw(pattern, treedef, tuple((shape, None) for shape in shapes), key)
+        return jax.tree.map(shardings.alike, mask, params)
+    return _draw(pattern, treedef, tuple(zip(shapes, placed)), key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _draw(pattern: Pattern, treedef: Any, shapes: tuple[tuple[int, ...], ...], key: jax.Array) -> Mask:
-    """Draw under ``jit``: op by op, ``init`` would compile every operation by itself."""
-    params = treedef.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
+def _draw(
+    pattern: Pattern, treedef: Any, placed: tuple[tuple[tuple[int, ...], Any], ...], key: jax.Array
+) -> Mask:
+    """Draw under ``jit``: op by op, ``init`` would compile every operation, and fill one device first."""
+    params = treedef.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in placed])
+    mask = pattern.random(as_key(key), params)
+    leaves = [
+        m if sharding is None else shardings.constrained(m, sharding, shape)
+        for m, (shape, sharding) in zip(treedef.flatten_up_to(mask), placed)
+    ]
+    return treedef.unflatten(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=0, keep_unused=True)
+def _draw_like(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
     return pattern.random(as_key(key), params)
 
 

@@ -45,8 +45,8 @@ def concrete(x: Any) -> Sharding | None:
 def alike(x: jax.Array, param: Any) -> jax.Array:
     """Return an array that broadcasts against a parameter, laid out as the parameter is.
 
-    Along axes where the array has size 1 it is replicated. One of lower rank (a scalar) is left to the
-    compiler where only that knows the parameter's sharding.
+    Along axes where the array has size 1 it is replicated. One that is smaller than the parameter is
+    left to the compiler where only that knows the parameter's sharding.
     """
     placed = concrete(param)
     typed = explicit(param)
@@ -54,8 +54,8 @@ def alike(x: jax.Array, param: Any) -> jax.Array:
         return reshard(x, part(typed, x.shape, param.shape))
     if placed is not None:
         return constrained(x, placed, param.shape)
-    if isinstance(param, jax.core.Tracer) and x.ndim == param.ndim and x.size:
-        return shard_alike(x, jax.lax.slice(param, (0,) * x.ndim, x.shape))[0]
+    if isinstance(param, jax.core.Tracer) and x.shape == param.shape:
+        return shard_alike(x, param)[0]
     return x
 
 
@@ -98,20 +98,23 @@ def typed_like(tree: Any, like: Any) -> Any:
 def computed_like(params: chex.ArrayTree, fn: Callable[..., Any], *args: Any) -> Any:
     """Return ``fn(params, *args)``, a tree like ``params`` of arrays that broadcast against its leaves.
 
-    On a mesh with explicit axes ``fn`` is computed with automatic ones, so that it may reshape and
-    draw as it likes, and its results are laid out as the leaves are.
+    Its results are laid out as the leaves are. On a mesh with explicit axes it is computed with automatic
+    ones, so that it may reshape and draw as it likes.
     """
     leaves = jax.tree.leaves(params)
     typed = [explicit(leaf) for leaf in leaves]
     known = next((t for t in typed if t is not None), None)
     if known is None:
-        return fn(params, *args)
-    shapes = jax.eval_shape(fn, *jax.tree.map(_without_sharding, (params, *args)))
-    results, tree = jax.tree.flatten(shapes)
+        return jax.tree.map(alike, fn(params, *args), params)
     whole = NamedSharding(known.mesh, PartitionSpec())
+
+    def run(out: Any) -> Callable[..., Any]:
+        return auto_axes(fn, axes=explicit_axes(known), **{_OUT: out})
+
+    shapes = jax.eval_shape(run(whole), *jax.tree.map(_without_sharding, (params, *args)))
+    results, tree = jax.tree.flatten(shapes)
     out = [part(t or whole, x.shape, p.shape) for t, x, p in zip(typed, results, leaves)]
-    run = auto_axes(fn, axes=explicit_axes(known), **{_OUT: jax.tree.unflatten(tree, out)})
-    return run(params, *args)
+    return run(jax.tree.unflatten(tree, out))(params, *args)
 
 
 def _without_sharding(x: Any) -> Any:

@@ -112,9 +112,7 @@ def dynamic_mask(
 
         def renew() -> Mask:
             key = jax.random.fold_in(as_key(state.key), step + 1)
-            args = key, state.mask, descent_grads, fraction(step)
-            mask = shardings.computed_like(params, traded, *args)
-            return jax.tree.map(shardings.alike, mask, params)
+            return shardings.computed_like(params, traded, key, state.mask, descent_grads, fraction(step))
 
         mask, churn = renewed(state, renew, step, refresh_every)
         return state._replace(mask=mask, churn=churn)

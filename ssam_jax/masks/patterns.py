@@ -39,8 +39,7 @@ class Pattern(abc.ABC):
             scores = [_uniform(key, i, jnp.shape(leaf)) for i, leaf in enumerate(leaves)]
             return jax.tree.unflatten(treedef, scores)
 
-        scores = shardings.computed_like(params, draw, key)
-        return self(jax.tree.map(shardings.alike, scores, params))
+        return self(shardings.computed_like(params, draw, key))
 
 
 class UnitPattern(Pattern):
@@ -63,8 +62,7 @@ class UnitPattern(Pattern):
 
     def random(self, key: jax.Array, params: Params) -> Mask:
         """Return a random mask in which every unit is as likely as any other of its size."""
-        mask = shardings.computed_like(params, self._any, key)
-        return jax.tree.map(shardings.alike, mask, params)
+        return shardings.computed_like(params, self._any, key)
 
     def _any(self, params: Params, key: jax.Array) -> Mask:
         leaves, treedef = jax.tree.flatten(params)
@@ -262,7 +260,8 @@ class Structured(UnitPattern):
     def collapse(self, mask: jax.Array) -> jax.Array:
         if self.unit != "block" or mask.ndim == 0 or 0 in mask.shape:
             return mask
-        return mask[tuple(slice(None, None, extent) for extent in self._extents(mask.shape))]
+        # Not by indexing, which older versions of JAX make a gather of, and XLA then one between devices.
+        return jax.lax.slice(mask, (0,) * mask.ndim, mask.shape, self._extents(mask.shape))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,13 +161,14 @@ def renewed(
 ) -> tuple[Mask, jax.Array]:
     """Return the mask and its churn after a step: new ones at the end of every k-th, else the old.
 
-    The renewal is under ``lax.cond``, so the other steps do not pay for it.
+    The renewal is under ``lax.cond``, so the other steps do not pay for it. The new mask lies where the
+    old one does.
     """
     if refresh_every is None:
         return state.mask, state.churn
 
     def replace() -> tuple[Mask, jax.Array]:
-        mask = renew()
+        mask = jax.tree.map(shardings.alike, renew(), state.mask)
         return mask, mask_churn(state.mask, mask)
 
     return jax.lax.cond((step + 1) % refresh_every == 0, replace, lambda: (state.mask, state.churn))

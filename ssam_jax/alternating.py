@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssam_jax import trees
+from ssam_jax import shardings, trees
 from ssam_jax.masks.rules import MaskRule
 from ssam_jax.perturbation import Normalize, perturb
 from ssam_jax.state import SsamState
@@ -84,7 +84,7 @@ def alternating(
 
     def init(params: Params) -> AlternatingState:
         return AlternatingState(
-            phase=jnp.zeros((), jnp.int32),
+            phase=shardings.beside(jnp.zeros((), jnp.int32), params),
             anchor=jax.tree.map(jnp.copy, params),  # so that both can be donated
             ssam=init_state(params, mask),
             opt_state=optimizer.init(params),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssam_jax import tracing
+from ssam_jax import shardings, tracing
 from ssam_jax.active import Active, FirstRow
 
 
@@ -34,7 +34,9 @@ class Piece(NamedTuple):
 
     def of(self, array: Any) -> Any:
         """Return this piece of an array shaped like the leaf."""
-        return array if self.rows is None else jax.lax.slice_in_dim(array, *self.rows)
+        if self.rows is None:
+            return array
+        return jax.lax.slice_in_dim(shardings.rows_together(array), *self.rows)
 
 
 class Halves(NamedTuple):
@@ -290,6 +292,8 @@ def params_for_rows(eqn: tracing.Equation, rows: int) -> dict[str, Any] | None:
             return {}
         case "reshape" if params["dimensions"] is None and params["new_sizes"][:1] == source[:1]:
             return {"new_sizes": (rows, *params["new_sizes"][1:])}
+        case "reshard" if tuple(params["dst_sharding"].spec)[:1] in ((), (None,)):
+            return {}
         case "broadcast_in_dim" if params["broadcast_dimensions"][:1] == (0,) and (
             params["shape"][0] == source[0]
         ):

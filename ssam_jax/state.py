@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssam_jax import trees
+from ssam_jax import shardings, trees
 from ssam_jax.active import Active, FirstRow
 from ssam_jax.masks import packing
 from ssam_jax.masks.rules import mask_churn
@@ -192,7 +192,7 @@ def _fitted(mask: Any, like: Mask) -> Mask:
         if jnp.result_type(new) != jnp.bool_:
             raise TypeError(f"mask must be bool, but its leaf {path!r} is {jnp.result_type(new)}.")
         try:
-            return jnp.broadcast_to(new, old.shape)
+            return shardings.alike(jnp.broadcast_to(new, old.shape), old)
         except ValueError:
             raise ValueError(
                 f"mask's leaf {path!r} of shape {jnp.shape(new)} does not broadcast to the present"

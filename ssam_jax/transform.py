@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssam_jax import trees
+from ssam_jax import shardings, trees
 from ssam_jax.masks.rules import MaskRule, check_mask
 from ssam_jax.perturbation import Normalize, perturb
 from ssam_jax.state import SsamState
@@ -161,7 +161,8 @@ def init_state(params: Params, mask: MaskRule | None) -> SsamState:
     mask_state = None if mask is None else mask.init(params)
     if mask_state is not None:
         check_mask(jax.eval_shape(lambda: mask_state.mask), params)
-    return SsamState(jnp.zeros((), jnp.int32), jnp.array(sizes, jnp.float32), mask_state)
+    state = SsamState(jnp.zeros((), jnp.int32), jnp.array(sizes, jnp.float32), mask_state)
+    return shardings.beside(state, params)
 
 
 def advance(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssam_jax import splitting, tracing, trees
+from ssam_jax import shardings, splitting, tracing, trees
 from ssam_jax.active import Active, FirstRow, check_active, check_entry, entries
 from ssam_jax.implicit import masked_evaluate
 from ssam_jax.losses import TracedLoss, trace_loss
@@ -220,7 +220,7 @@ def _shared_passes(
 
     def gradients(of_moving: list[Any], of_fixed: list[Any]) -> Gradients:
         merged = _merged([cut.active for cut in cuts], of_moving, of_fixed)
-        return jax.tree.unflatten(tree, splitting.join(cuts, merged))
+        return shardings.typed_like(jax.tree.unflatten(tree, splitting.join(cuts, merged)), params)
 
     def ascent(params: Params) -> tuple[Any, Gradients]:
         moving = active_pieces(params)
@@ -267,7 +267,7 @@ def _whole_passes(
         leaves, tree = jax.tree.flatten(grads)
         parts = [cut.of(leaves[cut.leaf]) for cut in cuts]
         kept = [part if cut.active else jnp.zeros_like(part) for cut, part in zip(cuts, parts)]
-        return value, jax.tree.unflatten(tree, splitting.join(cuts, kept))
+        return value, shardings.typed_like(jax.tree.unflatten(tree, splitting.join(cuts, kept)), params)
 
     return Passes(ascent, exact)
 

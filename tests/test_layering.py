@@ -17,7 +17,7 @@ ROOT = pathlib.Path(ssam_jax.__file__).parent
 LAYERS = [
     ["typing"],
     ["trees"],
-    ["active"],
+    ["active", "shardings"],
     ["masks"],
     ["masks.selection", "masks.packing"],
     ["masks.patterns"],

@@ -507,3 +507,4 @@ def test_a_first_mask_needs_no_common_device_of_the_parameters():
     params = {"a": jax.device_put(jnp.ones((2, 4)), first), "b": jax.device_put(jnp.ones((2, 4)), second)}
     mask = random_mask(NM(1, 2)).init(params).mask
     assert [int(leaf.sum()) for leaf in jax.tree.leaves(mask)] == [4, 4]
+    assert [leaf.devices() for leaf in jax.tree.leaves(mask)] == [{first}, {second}]

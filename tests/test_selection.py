@@ -1,13 +1,13 @@
 """`selection` against a stable sort, on one device and on eight."""
 
 import math
-import re
 
 import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import element_counts, operations
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -305,17 +305,6 @@ def test_the_search_ends_as_soon_as_a_pivot_splits_off_the_budget(monkeypatch):
     assert reads == 1
     reads, _ = passes(monkeypatch, np.array([-1.0, 1.0], np.float32), k=1)
     assert reads == 2
-
-
-def element_counts(hlo):
-    """Return the number of elements of every array shape in the text of a compiled program."""
-    found = re.findall(r"\b(?:pred|bf16|f16|f32|f64|[su]\d+)\[([\d,]*)\]", hlo)
-    return [math.prod(map(int, shape.split(","))) if shape else 1 for shape in found]
-
-
-def operations(hlo, name):
-    """Return the element counts on the lines that call an operation, one list for each line."""
-    return [element_counts(line) for line in hlo.splitlines() if re.search(rf"\b{name}(-start)?\(", line)]
 
 
 def compiled(pattern, scores):

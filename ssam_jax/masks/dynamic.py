@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ssam_jax import shardings
 from ssam_jax.masks import packing, selection
 from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern
 from ssam_jax.masks.rules import (
@@ -99,6 +100,12 @@ def dynamic_mask(
     check_seed(seed)
     check_packed(packed)
 
+    def traded(params: Params, key: jax.Array, mask: Mask, grads: Gradients, share: Any) -> Mask:
+        drop_key, grow_key = jax.random.split(key)
+        to_keep = _unit_keys(units, drop, drop_key, params, grads)
+        to_grow = _unit_keys(units, grow, grow_key, params, grads)
+        return _trade(units, mask, params, to_keep, to_grow, share)
+
     def init(params: Params) -> DynamicState:
         key = key_data(seed)
         return DynamicState(first_mask(pattern, key, params, packed), jnp.float32(0), key)
@@ -114,10 +121,8 @@ def dynamic_mask(
         del ascent_grads, extra
 
         def renew() -> Mask:
-            drop_key, grow_key = jax.random.split(jax.random.fold_in(as_key(state.key), step + 1))
-            to_keep = _unit_keys(units, drop, drop_key, params, descent_grads)
-            to_grow = _unit_keys(units, grow, grow_key, params, descent_grads)
-            return _trade(units, state.mask, params, to_keep, to_grow, fraction(step))
+            key = jax.random.fold_in(as_key(state.key), step + 1)
+            return shardings.computed_like(params, traded, key, state.mask, descent_grads, fraction(step))
 
         bits, churn = renewed(state, renew, step, refresh_every)
         return state._replace(bits=bits, churn=churn)

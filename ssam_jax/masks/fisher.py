@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ssam_jax import trees
+from ssam_jax import shardings, trees
 from ssam_jax.masks import packing
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.masks.rules import (
@@ -95,7 +95,7 @@ def fisher_mask(
     def init(params: Params) -> FisherState:
         scores = None
         if refresh_every is not None:
-            scores = jax.tree.map(lambda p: jnp.zeros_like(p, accumulator_dtype), params)
+            scores = jax.tree.map(lambda p: shardings.zeros_like(p, accumulator_dtype), params)
         return FisherState(first_mask(pattern, key_data(seed), params, packed), jnp.float32(0), scores)
 
     def update(
@@ -167,7 +167,7 @@ def empirical_fisher(
         )
         return jax.tree.map(jnp.add, total, squares)
 
-    total = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), trees.wide_dtype(p)), params)
+    total = jax.tree.map(lambda p: jnp.zeros_like(p, trees.wide_dtype(p)), params)
     whole_chunks, rest = divmod(examples, chunk_size)
     if whole_chunks:
         total = jax.lax.fori_loop(

@@ -4,9 +4,10 @@ A packed leaf describes itself: the width of its words says along which axis the
 plain arrays in a tree of the structure and ranks of the parameters, and whatever handles those (sharding
 rules, checkpoints, ``vmap``, ``optax.tree``) handles these.
 
-The functions are under ``jit`` for callers that are not: op by op, each operation is compiled by itself.
+The work on a leaf is under ``jit`` for callers that are not: op by op, each operation is compiled by itself.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,6 @@ LEAST_WORDS = 8
 """Fewer words than this along an axis are not worth having, and could not be spread over many devices."""
 
 
-@jax.jit
 def pack(mask: Mask) -> Mask:
     """Return a tree of bool arrays with those packed whose shape allows it.
 
@@ -36,13 +36,11 @@ def pack(mask: Mask) -> Mask:
     return jax.tree.map(lambda leaf: _packed(leaf, word_bits(leaf.shape)), mask)
 
 
-@jax.jit
 def pack_like(mask: Mask, like: Mask) -> Mask:
     """Return the mask packed as another one is, leaf by leaf."""
     return jax.tree.map(lambda leaf, other: _packed(leaf, _bits(other)), mask, like)
 
 
-@jax.jit
 def unpack(mask: Mask) -> Mask:
     """Return a tree of bool arrays: undo `pack`."""
     return jax.tree.map(_unpacked, mask)
@@ -64,22 +62,27 @@ def _bits(leaf: Any) -> int:
 
 
 def _packed(leaf: jax.Array, bits: int) -> jax.Array:
-    if bits == 1:
-        return leaf
-    axis = leaf.ndim + AXES[bits]
-    dtype = jnp.dtype(f"uint{bits}")
-    words = leaf.reshape(*leaf.shape[:axis], leaf.shape[axis] // bits, bits, *leaf.shape[axis + 1 :])
-    return jnp.sum(words.astype(dtype) << _positions(bits, words.ndim), axis=axis + 1, dtype=dtype)
+    return leaf if bits == 1 else _words(leaf, bits)
 
 
 def _unpacked(leaf: jax.Array) -> jax.Array:
+    return leaf if _bits(leaf) == 1 else _entries(leaf)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _words(leaf: jax.Array, bits: int) -> jax.Array:
+    axis, dtype = leaf.ndim + AXES[bits], jnp.dtype(f"uint{bits}")
+    split = leaf.reshape(*leaf.shape[:axis], leaf.shape[axis] // bits, bits, *leaf.shape[axis + 1 :])
+    return jnp.sum(split.astype(dtype) << _positions(bits, split.ndim), axis=axis + 1, dtype=dtype)
+
+
+@jax.jit
+def _entries(leaf: jax.Array) -> jax.Array:
     bits = _bits(leaf)
-    if bits == 1:
-        return leaf
     axis = leaf.ndim + AXES[bits]
     words = jnp.expand_dims(leaf, axis + 1)
-    entries = (words >> _positions(bits, words.ndim)) & jnp.ones((1,) * words.ndim, leaf.dtype)
-    return (entries != 0).reshape(*leaf.shape[:axis], leaf.shape[axis] * bits, *leaf.shape[axis + 1 :])
+    split = (words >> _positions(bits, words.ndim)) & jnp.ones((1,) * words.ndim, leaf.dtype)
+    return (split != 0).reshape(*leaf.shape[:axis], leaf.shape[axis] * bits, *leaf.shape[axis + 1 :])
 
 
 def _positions(bits: int, ndim: int) -> jax.Array:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ssam_jax import trees
+from ssam_jax import shardings, trees
 from ssam_jax.masks import selection
 from ssam_jax.typing import Mask, Params, Scores
 
@@ -31,11 +31,15 @@ class Pattern(abc.ABC):
 
         Args:
           key: a typed PRNG key.
-          params: the tree to make a mask for; only shapes are read.
+          params: the tree to make a mask for; only shapes and shardings are read.
         """
-        leaves, treedef = jax.tree.flatten(params)
-        scores = [_uniform(key, i, jnp.shape(leaf)) for i, leaf in enumerate(leaves)]
-        return self(jax.tree.unflatten(treedef, scores))
+
+        def draw(params: Params, key: jax.Array) -> Scores:
+            leaves, treedef = jax.tree.flatten(params)
+            scores = [_uniform(key, i, jnp.shape(leaf)) for i, leaf in enumerate(leaves)]
+            return jax.tree.unflatten(treedef, scores)
+
+        return self(shardings.computed_like(params, draw, key))
 
 
 class UnitPattern(Pattern):
@@ -48,7 +52,9 @@ class UnitPattern(Pattern):
 
     def __call__(self, scores: Scores) -> Mask:
         trees.check_floating(scores, "scores")
-        scores = jax.tree.map(jnp.asarray, scores)
+        return shardings.computed_like(jax.tree.map(jnp.asarray, scores), self._best)
+
+    def _best(self, scores: Scores) -> Mask:
         leaves, treedef = jax.tree.flatten(scores)
         units = _on_each_leaf(self.units, scores)
         keys = selection.comparable_keys(units)
@@ -56,6 +62,9 @@ class UnitPattern(Pattern):
 
     def random(self, key: jax.Array, params: Params) -> Mask:
         """Return a random mask in which every unit is as likely as any other of its size."""
+        return shardings.computed_like(params, self._any, key)
+
+    def _any(self, params: Params, key: jax.Array) -> Mask:
         leaves, treedef = jax.tree.flatten(params)
         shapes = [jnp.shape(leaf) for leaf in leaves]
         units = _on_each_leaf(lambda leaf: self.unit_shape(jnp.shape(leaf)), params)
@@ -251,7 +260,8 @@ class Structured(UnitPattern):
     def collapse(self, mask: jax.Array) -> jax.Array:
         if self.unit != "block" or mask.ndim == 0 or 0 in mask.shape:
             return mask
-        return mask[tuple(slice(None, None, extent) for extent in self._extents(mask.shape))]
+        # Not by indexing, which older versions of JAX make a gather of, and XLA then one between devices.
+        return jax.lax.slice(mask, (0,) * mask.ndim, mask.shape, self._extents(mask.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +299,9 @@ class NM(Pattern):
 
     def __call__(self, scores: Scores) -> Mask:
         trees.check_floating(scores, "scores")
-        scores = jax.tree.map(jnp.asarray, scores)
+        return shardings.computed_like(jax.tree.map(jnp.asarray, scores), self._best)
+
+    def _best(self, scores: Scores) -> Mask:
         return jax.tree.unflatten(jax.tree.structure(scores), _on_each_leaf(self._mask, scores))
 
     def _mask(self, leaf: jax.Array) -> jax.Array:

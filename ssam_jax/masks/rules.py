@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from ssam_jax import trees
+from ssam_jax import shardings, trees
 from ssam_jax.masks import packing
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.typing import Gradients, Mask, Params
@@ -142,6 +142,7 @@ def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool], *, packed: bool 
         else:
             mask = _spread(tree_or_predicate, params)
         check_mask(mask, params)
+        mask = jax.tree.map(shardings.alike, mask, params)
         return MaskState(packing.pack(mask) if packed else mask, jnp.float32(0), None)
 
     def update(state: MaskState, *args: Any, **extra: Any) -> MaskState:
@@ -175,14 +176,16 @@ def renewed(
 ) -> tuple[Mask, jax.Array]:
     """Return the bits of the mask and its churn after a step: new at the end of every k-th, else the old.
 
-    The renewal is under ``lax.cond``, so the other steps do not pay for it.
+    The renewal is under ``lax.cond``, so the other steps do not pay for it. The new mask lies where the
+    old one does.
     """
     if refresh_every is None:
         return state.bits, state.churn
 
     def replace() -> tuple[Mask, jax.Array]:
-        mask = renew()
-        return packing.pack_like(mask, state.bits), mask_churn(state.mask, mask)
+        old = state.mask
+        mask = jax.tree.map(shardings.alike, renew(), old)
+        return packing.pack_like(mask, state.bits), mask_churn(old, mask)
 
     return jax.lax.cond((step + 1) % refresh_every == 0, replace, lambda: (state.bits, state.churn))
 
@@ -201,15 +204,39 @@ def mask_churn(old: Mask, new: Mask) -> jax.Array:
 
 def first_mask(pattern: Pattern, key: jax.Array, params: Params, packed: bool) -> Mask:
     """Return the bits of a random mask that obeys the pattern: masked from the first step on."""
-    leaves, treedef = jax.tree.flatten(params)
-    mask = _draw(pattern, treedef, tuple(jnp.shape(leaf) for leaf in leaves), key)
+    mask = _placed_draw(pattern, key, params)
     return packing.pack(mask) if packed else mask
 
 
+def _placed_draw(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
+    """Return a random mask that lies where the parameters do."""
+    leaves, treedef = jax.tree.flatten(params)
+    if any(isinstance(leaf, jax.core.Tracer) or shardings.explicit(leaf) for leaf in leaves):
+        return _draw_like(pattern, key, params)
+    shapes = tuple(jnp.shape(leaf) for leaf in leaves)
+    placed = tuple(shardings.concrete(leaf) for leaf in leaves)
+    if len({frozenset(s.device_set) for s in placed if s is not None}) > 1:  # no program spans them
+        mask = _draw(pattern, treedef, tuple((shape, None) for shape in shapes), key)
+        return jax.tree.map(shardings.alike, mask, params)
+    return _draw(pattern, treedef, tuple(zip(shapes, placed)), key)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _draw(pattern: Pattern, treedef: Any, shapes: tuple[tuple[int, ...], ...], key: jax.Array) -> Mask:
-    """Draw under ``jit``: op by op, ``init`` would compile every operation by itself."""
-    params = treedef.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
+def _draw(
+    pattern: Pattern, treedef: Any, placed: tuple[tuple[tuple[int, ...], Any], ...], key: jax.Array
+) -> Mask:
+    """Draw under ``jit``: op by op, ``init`` would compile every operation, and fill one device first."""
+    params = treedef.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in placed])
+    mask = pattern.random(as_key(key), params)
+    leaves = [
+        m if sharding is None else shardings.constrained(m, sharding, shape)
+        for m, (shape, sharding) in zip(treedef.flatten_up_to(mask), placed)
+    ]
+    return treedef.unflatten(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=0, keep_unused=True)
+def _draw_like(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
     return pattern.random(as_key(key), params)
 
 

@@ -1,24 +1,34 @@
 """Several processes train as one; when one dies the others end; the run goes on on other devices."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import process_worker
 import pytest
 import train
+from tiny import assert_close, assert_same
+from training import placement, processes, run
+from training.config import Config
+from training.trackers import read_rows
+
+import ssam_jax
 
 ROOT = pathlib.Path(train.__file__).parent.parent
 WORKER = pathlib.Path(process_worker.__file__)
-PATIENCE = 240  # seconds for processes to start, compile and take their steps, on a machine that is busy
+PATIENCE = 600  # seconds for processes to start, compile and take their steps, on a machine that is busy
 BOUND = 60  # seconds in which processes end after one of them died; measured: below 1
 
 
@@ -36,7 +46,7 @@ class Group:
 
     def __init__(self, folder, count, devices, command):
         """Start ``command(coordinator, process_id)`` with so many devices each."""
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
         path = os.pathsep.join(str(ROOT / name) for name in ("", "examples", "tests"))
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -98,9 +108,15 @@ def workers(folder, count, fsdp, saved=None):
 
 
 @pytest.fixture(scope="module")
-def alone():
+def one():
+    """Return a run in this process, on one device."""
+    return process_worker.Run(None)
+
+
+@pytest.fixture(scope="module")
+def alone(one):
     """Return what one process with one device finds after each step."""
-    return process_worker.Run(None).train(process_worker.STEPS)
+    return one.train(process_worker.STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +178,110 @@ def test_a_run_goes_on_on_fewer_devices_and_processes(alone, two):
         assert_agrees(two / f"resumed-{i}.npz", alone, first=process_worker.MIDDLE)
 
 
-def test_a_run_goes_on_in_one_process_on_one_device(alone, four, tmp_path):
-    run = process_worker.Run(None)
-    run.restore(four[0] / "checkpoint")
-    np.savez(tmp_path / "found.npz", **run.train(process_worker.STEPS))
+def test_a_run_goes_on_in_one_process_on_one_device(one, alone, four, tmp_path):
+    one.restore(four[0] / "checkpoint")
+    np.savez(tmp_path / "found.npz", **one.train(process_worker.STEPS))
     assert_agrees(tmp_path / "found.npz", alone, first=process_worker.MIDDLE + 1)
+
+
+TRAINED = Config(
+    model="mlp", limit=64, batch=16, epochs=3, fisher_samples=8, method="ssam-f", evaluate_every=3
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
+def test_the_trainer_goes_on_in_two_processes_as_it_would_have_in_one(tmp_path, monkeypatch):
+    config = dataclasses.replace(TRAINED, out=tmp_path / "alone")
+    save = run._save
+
+    def copied(manager, at):
+        save(manager, at)
+        if at.step == 4:  # the end of the first epoch
+            shutil.copytree(config.out, tmp_path / "begun")
+
+    monkeypatch.setattr(run, "_save", copied)
+    state, rows = run.train(config)
+    flags = ["--model=mlp", "--limit=64", "--batch=16", "--epochs=3", "--fisher-samples=8", "--method=ssam-f"]
+    flags += ["--evaluate-every=3", f"--out={tmp_path / 'begun'}", "--devices=4", "--fsdp", "--processes=2"]
+    main = [sys.executable, str(ROOT / "examples" / "train.py"), *flags]
+    with Group(tmp_path, 2, 2, lambda at, i: [*main, f"--coordinator={at}", f"--process-id={i}"]) as group:
+        assert group.codes(PATIENCE) == [0, 0], group.output()
+    first, second = (log.read_text() for log in group.logs)
+    assert "| begun | 1 | 3 |" in first and "mask_density.png" in first and "png" not in second
+    written = read_rows(tmp_path / "begun" / "metrics.jsonl")
+    assert [row["epoch"] for row in written] == [1, 2, 3] and written[0] == rows[0]
+    for ours, theirs in zip(written, rows):
+        for name in set(theirs) - {"seconds", "images_per_second"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    there = run.train(dataclasses.replace(config, out=tmp_path / "begun"))[0]  # finished: read, on one device
+    assert_close(there.params, state.params)
+    assert_same(ssam_jax.get_mask(there.opt_state), ssam_jax.get_mask(state.opt_state))
+
+
+AGREE = """
+import sys
+from training import processes
+
+at, i = sys.argv[1], int(sys.argv[2])
+processes.start(at, 2, i)
+
+
+def refuse():
+    if i == 1:
+        raise FileNotFoundError("no data here")
+    return "data"
+
+
+for work, facts in ((lambda: i, lambda _: "same"), (lambda: i, str), (refuse, str)):
+    try:
+        print(processes.together(work, facts))
+    except (FileNotFoundError, ValueError) as error:
+        print(error)
+"""
+
+
+def test_a_run_that_one_process_refuses_is_refused_by_all(tmp_path):
+    with Group(tmp_path, 2, 1, lambda at, i: [sys.executable, "-c", AGREE, at, str(i)]) as group:
+        assert group.codes(PATIENCE) == [0, 0], group.output()
+    first, second = (log.read_text() for log in group.logs)
+    assert "\n0\n" in f"\n{first}" and "\n1\n" in f"\n{second}"
+    for text in (first, second):
+        assert "process 1 has other settings or other data than process 0" in text
+    assert "process 1 refuses the run" in first and "no data here" in second
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_the_heartbeat_is_passed_on_where_jax_takes_one(monkeypatch, knows):
+    calls = []
+
+    def with_heartbeat(*args, heartbeat_timeout_seconds=100):
+        calls.append((args, heartbeat_timeout_seconds))
+
+    def without(*args):
+        calls.append((args, None))
+
+    monkeypatch.setattr(jax.distributed, "initialize", with_heartbeat if knows else without)
+    start = processes.start.__wrapped__  # past its cache
+    start("here:1", 2, 1)
+    assert calls == [(("here:1", 2, 1), 100 if knows else None)]
+    if knows:
+        start("auto", 1, 0, 7)
+        assert calls[1:] == [((), 7)]
+    else:
+        with pytest.raises(ValueError, match=r"--heartbeat 7 needs jax 0\.7 or later"):
+            start("here:1", 2, 1, 7)
+
+
+def test_arrays_are_split_by_the_largest_axis_that_devices_divide():
+    P = jax.sharding.PartitionSpec  # noqa: N806
+    for shape, spec in (
+        ((64, 128), P(None, "data")),
+        ((128, 64), P("data")),
+        ((3, 3, 64, 64), P(None, None, None, "data")),
+        ((130, 64), P(None, "data")),
+        ((130, 10), P()),
+        ((512,), P()),
+        ((2048,), P("data")),
+        ((), P()),
+    ):
+        assert placement.split(shape, 4).spec == spec, shape

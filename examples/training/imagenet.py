@@ -208,9 +208,7 @@ def _check(
         raise ValueError("The source has no images.")
     i, n = part
     if not 0 <= i < n or batch % n:
-        raise ValueError(
-            f"part must be (i, n) with i below n, and n divide the batch of {batch}; got {part}."
-        )
+        raise ValueError(f"part must be (i, n), i below n and n a divisor of the batch, {batch}; got {part}.")
 
 
 def _iterate(batches: grain.MapDataset, workers: int, threads: int) -> Iterator[dict[str, np.ndarray]]:

@@ -124,12 +124,12 @@ class Run:
         self.taken = MIDDLE
 
 
-def main(coordinator, count, process_id, fsdp, folder, saved):
+def main(coordinator, count, process_id, heartbeat, fsdp, folder, saved):
     """Train and write what was found, then go on from another run's checkpoint and write what that came to.
 
     Without another run's checkpoint, ``saved=None``, write one in the middle, and train on until killed.
     """
-    processes.start(coordinator, count, process_id)
+    processes.start(coordinator, count, process_id, heartbeat)
     folder = pathlib.Path(folder)
 
     def write(name, history):

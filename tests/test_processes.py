@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -29,7 +30,11 @@ import ssam_jax
 ROOT = pathlib.Path(train.__file__).parent.parent
 WORKER = pathlib.Path(process_worker.__file__)
 PATIENCE = 600  # seconds for processes to start, compile and take their steps, on a machine that is busy
-BOUND = 60  # seconds in which processes end after one of them died; measured: below 1
+# Seconds without a sign of life that end all processes. Some end at once, with a connection; gloo has left
+# others waiting until then. jax 0.6 cannot be told another number.
+SETTABLE = "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters
+HEARTBEAT = 20 if SETTABLE else 100
+BOUND = HEARTBEAT + 60  # seconds in which processes end after one of them died
 
 
 @contextlib.contextmanager
@@ -98,7 +103,8 @@ class Group:
 
 def workers(folder, count, fsdp, saved=None):
     """Start `process_worker.main` on a mesh of 2 by ``fsdp`` devices."""
-    settings = {"count": count, "fsdp": fsdp, "folder": str(folder), "saved": saved and str(saved)}
+    settings = {"count": count, "heartbeat": HEARTBEAT, "fsdp": fsdp, "folder": str(folder)}
+    settings["saved"] = saved and str(saved)
 
     def command(coordinator, i):
         given = json.dumps({**settings, "coordinator": coordinator, "process_id": i})

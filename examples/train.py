@@ -9,7 +9,7 @@ import itertools
 import sys
 
 import tyro
-from training import report, run
+from training import processes, report, run
 from training.config import PRESETS, Config
 
 
@@ -28,10 +28,13 @@ def main(arguments: list[str]) -> None:
         run.claim(config)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    try:
-        _, rows = run.train(config)
-    except FloatingPointError as error:
-        sys.exit(f"error: {error}")
+    with processes.all_or_none():
+        try:
+            _, rows = run.train(config)
+        except FloatingPointError as error:  # in all processes alike
+            sys.exit(f"error: {error}")
+    if not processes.is_first():
+        return
     print(report.table({config.out.name: [rows]}))
     for path in report.draw_run(rows, config.out):
         print(path)

@@ -48,6 +48,7 @@ def test_flags_change_a_preset_wherever_they_stand():
 
 IMAGENET = {"dataset": "imagenet", "data": PATH}
 TWO_OF_FOUR = {"method": "ssam-f", "pattern": "n:m"}
+TWO_PROCESSES = {"processes": 2, "coordinator": "here:1234", "devices": 2}
 WRONG = [
     ({"epochs": 0}, "--epochs must be at least 1, got 0"),
     ({"lr": float("nan")}, "--lr must be finite and above 0, got nan"),
@@ -87,6 +88,14 @@ WRONG = [
     ({"devices": 3}, "--batch must be divisible by --devices, got 128 and 3"),
     ({"devices": 8, "ascent_fraction": 1 / 32, "method": "sam"}, "--ascent-fraction of --batch.* got 4 on 8"),
     ({"ascent_fraction": 0.001, "method": "sam"}, "--ascent-fraction of --batch"),
+    ({"coordinator": "nowhere"}, "--coordinator must be HOST:PORT or auto, got 'nowhere'"),
+    ({"coordinator": "auto", "processes": 2}, "--coordinator auto finds out --processes and --process-id"),
+    ({"processes": 2, "devices": 2}, "--processes 2 needs --coordinator"),
+    ({"coordinator": "here:1234"}, "--coordinator here:1234 needs --processes"),
+    ({**TWO_PROCESSES, "process_id": 2}, "--process-id must be below --processes, got 2 and 2"),
+    ({**TWO_PROCESSES, "devices": 1}, "--devices counts those of all processes.* got 1 and 2"),
+    ({"heartbeat": 0}, "--heartbeat must be at least 1, got 0"),
+    ({"fsdp": True}, "--fsdp splits parameters over --devices, which are 1"),
 ]
 
 

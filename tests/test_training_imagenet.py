@@ -121,6 +121,19 @@ def test_a_stream_may_start_at_any_step_whatever_the_threads(sources):
     same(trained(sources[0], steps=30, start=7), list(trained(sources[0], steps=30))[7:])
 
 
+def test_the_parts_of_a_batch_put_one_after_another_are_the_batch(sources):
+    train, valid = sources
+    for make in (
+        lambda **part: trained(train, batch=6, start=2, **part),
+        lambda **part: eval_batches(valid, batch=6, image_size=16, **part),
+    ):
+        parts = [list(make(part=(i, 3))) for i in range(3)]
+        joined = [
+            {name: np.concatenate([x[name] for x in three]) for name in three[0]} for three in zip(*parts)
+        ]
+        same(joined, make())
+
+
 def test_a_longer_run_starts_like_a_shorter_one(sources):
     same(itertools.islice(trained(sources[0], steps=40), 12), trained(sources[0]))
 
@@ -297,6 +310,8 @@ def test_a_missing_column_is_named(tmp_path):
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"part": (0, 2)}, r"part must be \(i, n\), i below n and n a divisor of the batch, 5; got \(0, 2\)"),
+        ({"part": (5, 5)}, r"got \(5, 5\)"),
     ],
 )
 def test_arguments_out_of_range_are_refused_before_anything_is_read(sources, options, message):

@@ -124,7 +124,19 @@ class Config:
     seed: int = 0
     """Of initialization, data order, augmentation, dropout and masks."""
     devices: int = 1
-    """Devices to spread each batch over. Batch statistics are of the whole batch."""
+    """Devices to spread each batch over, those of all processes. Batch statistics are of the whole batch."""
+    fsdp: bool = False
+    """Split parameters, their masks and the optimizer's state over the devices, rather than keep a copy on
+    each: every array by the largest of its axes that --devices divides."""
+    processes: int = 1
+    """Processes that run this command, the same on each but for --process-id."""
+    process_id: int = 0
+    """Which of them this is, from 0. Process 0 prints, and writes all but the checkpoints."""
+    coordinator: str = ""
+    """HOST:PORT at which process 0 listens to the others; or auto, on TPU pods and under SLURM or Open MPI,
+    where JAX finds out all three."""
+    heartbeat: int = 100
+    """Seconds without a sign of life after which a process is taken for dead, and the others end too."""
     out: pathlib.Path = pathlib.Path("outputs/train")
     """Folder for metrics.jsonl, checkpoints and pictures; a run of its own needs one of its own."""
     evaluate_every: int = 1
@@ -173,10 +185,13 @@ learning rate on ImageNet is the usual one for this batch size."""
 
 def check(config: Config) -> None:
     """Raise ValueError, naming the setting, unless all are in range and go together."""
-    at_least_1 = ("epochs", "batch", "n", "m", "refresh_epochs", "fisher_samples", "ascent_every", "devices")
+    at_least_1 = (
+        "epochs", "batch", "n", "m", "refresh_epochs", "fisher_samples", "ascent_every", "devices",
+        "processes", "heartbeat",
+    )  # fmt: skip
     rules: list[tuple[str, Any, tuple[str, ...]]] = [
         ("at least 1", lambda v: v is None or v >= 1, (*at_least_1, "evaluate_every", "checkpoint_every")),
-        ("at least 0", lambda v: v >= 0, ("validation", "workers")),
+        ("at least 0", lambda v: v >= 0, ("validation", "workers", "process_id")),
         ("from 0 to below 2**31", lambda v: 0 <= v < 2**31, ("seed",)),
         ("finite and above 0", lambda v: 0 < v < math.inf, ("lr", "rho", "decay")),
         ("finite and at least 0", lambda v: 0 <= v < math.inf, ("weight_decay", "warmup")),
@@ -200,6 +215,7 @@ def _conflicts(c: Config) -> list[tuple[bool, str]]:
     drawn = c.method in ("ssam-f", "ssam-d")
     whole = c.pattern == "structured" and c.unit == "tensor"
     part = round(c.batch * c.ascent_fraction, 6)
+    auto, (host, _, port) = c.coordinator == "auto", c.coordinator.rpartition(":")
     return [
         (c.dataset != "digits" and c.data is None, f"--dataset {c.dataset} needs --data, its folder."),
         (
@@ -245,6 +261,32 @@ def _conflicts(c: Config) -> list[tuple[bool, str]]:
             f"--ascent-fraction of --batch must be a whole number of examples on each device, got {part:g} on"
             f" {c.devices}.",
         ),
+        (
+            not auto and bool(c.coordinator) and not (host and port.isdecimal()),
+            f"--coordinator must be HOST:PORT or auto, got {c.coordinator!r}.",
+        ),
+        (
+            auto and (c.processes, c.process_id) != (1, 0),
+            "--coordinator auto finds out --processes and --process-id: leave them out.",
+        ),
+        (
+            c.processes > 1 and not c.coordinator,
+            f"--processes {c.processes} needs --coordinator, the HOST:PORT at which process 0 listens.",
+        ),
+        (
+            c.processes == 1 and bool(c.coordinator) and not auto,
+            f"--coordinator {c.coordinator} needs --processes, how many there are.",
+        ),
+        (
+            not auto and c.process_id >= c.processes,
+            f"--process-id must be below --processes, got {c.process_id} and {c.processes}.",
+        ),
+        (
+            c.devices % c.processes != 0,
+            f"--devices counts those of all processes and must be a multiple of --processes, got {c.devices}"
+            f" and {c.processes}.",
+        ),
+        (c.fsdp and c.devices == 1, "--fsdp splits parameters over --devices, which are 1."),
     ]
 
 

@@ -1,16 +1,18 @@
 """Where the batches come from: a data set that lives on the device, or a stream from disk."""
 
+import functools
+import zlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from training import placement
 from training.augment import augment_batch, normalize
 from training.config import Config
 from training.datasets import Arrays, Dataset
 from training.imagenet import eval_batches, image_folder, parquet, train_batches
-from training.placement import replicated
 
 EVAL_BATCH = 500
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, as everyone has them
@@ -18,11 +20,19 @@ TRAINING, EXAMPLES = 2, 3  # what an order is drawn for; 0 and 1 are initializat
 
 
 class Feed(Protocol):
-    """A data set in batches. Images are uint8 (batch, height, width, channels) until a step has them."""
+    """A data set in batches. Images are uint8 (batch, height, width, channels) until a step has them.
+
+    Attributes:
+      steps_per_epoch: in which the examples that do not fill a batch are left out.
+      image_shape: height, width and channels.
+      classes: number of classes.
+      facts: what must be the same in all processes of a run.
+    """
 
     steps_per_epoch: int
     image_shape: tuple[int, ...]
     classes: int
+    facts: str
 
     def batches(self, seed: int, epoch: int, start: int) -> Iterator[Any]:
         """Yield a source for each step of an epoch, from step ``start`` on."""
@@ -48,16 +58,22 @@ class MemoryFeed:
         if config.batch > count:
             raise ValueError(f"--batch must be at most the {count} training examples, got {config.batch}.")
         self._config, self._dataset = config, dataset
-        everywhere = replicated(config.devices)
-        self._train = jax.device_put(dataset.train, everywhere)
-        self._order = jax.jit(self._draw_order, static_argnames="purpose", out_shardings=everywhere)
+        self._train = placement.everywhere(dataset.train, config.devices)
+        jit = functools.partial(jax.jit, out_shardings=placement.replicated(config.devices))
+        self._order = jit(self._draw_order, static_argnames="purpose")
+        self._take = jit(self._take_rows, static_argnames="count")
         self.steps_per_epoch = count // config.batch
         self.image_shape = dataset.train.images.shape[1:]
         self.classes = dataset.classes
+        arrays = [*dataset.train, *(dataset.valid or ()), *dataset.test]
+        self.facts = " ".join(str(zlib.crc32(np.ascontiguousarray(x))) for x in arrays)
 
     def _draw_order(self, seed: jax.Array, epoch: jax.Array, *, purpose: int) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), epoch)
         return jax.random.permutation(key, len(self._train.labels))
+
+    def _take_rows(self, train: Arrays, order: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
+        return train.images[order[:count]], train.labels[order[:count]]
 
     def batches(self, seed: int, epoch: int, start: int) -> Iterator[Any]:
         """Yield the data set, the epoch's order, and the number of the step."""
@@ -88,8 +104,7 @@ class MemoryFeed:
     def examples(self, seed: int, epoch: int, count: int) -> tuple[Any, Any]:
         """Return the first rows of an order of their own."""
         count = min(count, len(self._train.labels))
-        rows = self._order(seed, epoch, purpose=EXAMPLES)[:count]
-        return jax.tree.map(lambda x: x[rows], tuple(self._train))
+        return self._take(self._train, self._order(seed, epoch, purpose=EXAMPLES), count=count)
 
     def evaluation(self, split: str) -> Iterator[tuple[Any, Any, Any]]:
         """Yield batches of equal size of the split ``"valid"`` or ``"test"``."""
@@ -117,11 +132,13 @@ class StreamFeed:
             image_folder(config.data, "validation") if folders else parquet(config.data, "validation")
         )
         self._config, self._workers = config, workers
+        self._part = jax.process_index(), jax.process_count()
         self.steps_per_epoch = len(self._train) // config.batch
         self.classes = self._train.classes
+        self.facts = f"{self.classes} {len(self._train)} {len(self._test)}"
 
     def batches(self, seed: int, epoch: int, start: int) -> Iterator[Any]:
-        """Yield images and labels."""
+        """Yield images and labels, of which each process reads the rows of its own devices."""
         first = epoch * self.steps_per_epoch
         for batch in train_batches(
             self._train,
@@ -130,8 +147,9 @@ class StreamFeed:
             start=first + start,
             seed=seed,
             workers=self._workers,
+            part=self._part,
         ):
-            yield batch["image"], batch["label"]
+            yield placement.joined((batch["image"], batch["label"]), self._config.devices)
 
     def fetch(self, key: jax.Array, source: Any) -> tuple[jax.Array, jax.Array]:
         """Normalise, and cut out; crops and flips have been made."""
@@ -151,5 +169,6 @@ class StreamFeed:
 
     def evaluation(self, split: str) -> Iterator[tuple[Any, Any, Any]]:
         """Yield the validation images, whatever the split: ImageNet's test labels are not public."""
-        for batch in eval_batches(self._test, batch=self._config.batch, workers=self._workers):
-            yield batch["image"], batch["label"], batch["weight"]
+        size, devices = self._config.batch, self._config.devices
+        for batch in eval_batches(self._test, batch=size, workers=self._workers, part=self._part):
+            yield placement.joined((batch["image"], batch["label"], batch["weight"]), devices)

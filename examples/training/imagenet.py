@@ -41,6 +41,7 @@ def train_batches(
     image_size: int = 224,
     workers: int = 0,
     threads: int = 4,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the batches of steps ``start`` to ``steps - 1``, in an order that each epoch draws anew.
 
@@ -60,14 +61,17 @@ def train_batches(
         the main script, which must start its work under ``if __name__ == "__main__"``. Batches come through
         shared memory: /dev/shm must have room for a few of each worker.
       threads: of each process. Each works on a batch of its own and may have another waiting.
+      part: ``(i, n)`` for the i-th of the n equal parts of every batch, the only one that is read; the parts
+        of a batch, one after another, are the batch.
 
     Yields:
-      ``image``, uint8 of shape (batch, image_size, image_size, 3), and ``label``, int32 of shape (batch,).
+      ``image``, uint8 of shape (batch / n, image_size, image_size, 3), and ``label``, int32 of shape
+      (batch / n,).
 
     Raises:
       ValueError: an argument is out of range; or, in the course of it, an image cannot be decoded.
     """
-    _check(source, batch, image_size, workers, threads)
+    _check(source, batch, image_size, workers, threads, part)
     if not 0 <= start <= steps:
         raise ValueError(f"start must be from 0 to steps, {steps}; got {start}.")
     if batch > len(source):
@@ -76,7 +80,7 @@ def train_batches(
     read = _Shuffled(source, batch * (len(source) // batch), order_seed)
     crop = functools.partial(_random_crop, size=image_size)
     examples = grain.MapDataset.range(steps * batch).map(read).random_map(crop, seed=crop_seed)
-    return _iterate(examples.batch(batch)[start:], workers, threads)
+    return _iterate(_parts(examples, batch, part)[start:], workers, threads)
 
 
 def eval_batches(
@@ -87,6 +91,7 @@ def eval_batches(
     resize: int = 256,
     workers: int = 0,
     threads: int = 4,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield all images once, in order: the shorter side resized (bilinear, antialiased), the centre cropped.
 
@@ -97,19 +102,27 @@ def eval_batches(
       resize: length of the shorter side before the crop.
       workers: processes that make batches, as in ``train_batches``.
       threads: of each process, likewise.
+      part: as in ``train_batches``.
 
     Yields:
-      ``image`` and ``label`` as in ``train_batches``, and ``weight``, float32 of shape (batch,), 1 or 0.
+      ``image`` and ``label`` as in ``train_batches``, and ``weight``, float32 of shape (batch / n,), 1 or 0.
 
     Raises:
       ValueError: an argument is out of range; or, in the course of it, an image cannot be decoded.
     """
-    _check(source, batch, image_size, workers, threads)
+    _check(source, batch, image_size, workers, threads, part)
     if resize < image_size:
         raise ValueError(f"resize must be at least image_size, {image_size}; got {resize}.")
     steps = math.ceil(len(source) / batch)
     make = functools.partial(_eval_example, source, size=image_size, resize=resize)
-    return _iterate(grain.MapDataset.range(steps * batch).map(make).batch(batch), workers, threads)
+    examples = grain.MapDataset.range(steps * batch).map(make)
+    return _iterate(_parts(examples, batch, part), workers, threads)
+
+
+def _parts(examples: grain.MapDataset, batch: int, part: tuple[int, int]) -> grain.MapDataset:
+    """Return a part of every batch; what is random in an example knows its place among all of them."""
+    i, n = part
+    return examples.batch(batch // n)[i::n]
 
 
 class _Shuffled:
@@ -179,7 +192,9 @@ def _eval_example(source: Source, position: int, *, size: int, resize: int) -> d
     return {"image": np.array(image), "label": np.int32(label), "weight": np.float32(1)}
 
 
-def _check(source: Source, batch: int, image_size: int, workers: int, threads: int) -> None:
+def _check(
+    source: Source, batch: int, image_size: int, workers: int, threads: int, part: tuple[int, int]
+) -> None:
     least = {
         "batch": (batch, 1),
         "image_size": (image_size, 1),
@@ -191,6 +206,9 @@ def _check(source: Source, batch: int, image_size: int, workers: int, threads: i
             raise ValueError(f"{name} must be at least {low}, got {value}.")
     if not len(source):
         raise ValueError("The source has no images.")
+    i, n = part
+    if not 0 <= i < n or batch % n:
+        raise ValueError(f"part must be (i, n), i below n and n a divisor of the batch, {batch}; got {part}.")
 
 
 def _iterate(batches: grain.MapDataset, workers: int, threads: int) -> Iterator[dict[str, np.ndarray]]:

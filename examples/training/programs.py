@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import ssam_jax
@@ -68,18 +69,22 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
       feed: where the batches come from.
     """
     spread = functools.partial(placement.spread, devices=config.devices)
+    untuned = Chosen(*(np.float32(0),) * 3)  # for what reads none of them
+    at_rest = make_optimizer(
+        config, feed.steps_per_epoch, untuned, 0
+    )  # one in all states: part of their type
 
     def init(seed: jax.Array) -> ssam_jax.linen.TrainState:
         key = jax.random.key(seed)
         variables = model.init(jax.random.fold_in(key, 0), jnp.zeros((1, *feed.image_shape)), train=False)
-        chosen = Chosen(*(jnp.float32(0),) * 3)  # init reads none of them
-        return ssam_jax.linen.TrainState.create(
+        state = ssam_jax.linen.TrainState.create(
             apply_fn=model.apply,
             params=variables["params"],
-            tx=make_optimizer(config, feed.steps_per_epoch, chosen, seed),
+            tx=make_optimizer(config, feed.steps_per_epoch, untuned, seed),
             batch_stats=variables.get("batch_stats"),
             dropout_key=jax.random.fold_in(key, 1),
         )
+        return state.replace(tx=at_rest)
 
     def loss_fn(apply: Callable[..., jax.Array], images: jax.Array, labels: jax.Array) -> Any:
         logits = apply(images, train=True)
@@ -99,14 +104,14 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
 
     def step(state: Any, totals: Totals, chosen: Chosen, source: Any, *, ascent: bool, active: Any) -> Any:
         images, labels = feed.fetch(augmentation_key(state), source)
-        tx, state = state.tx, state.replace(tx=make_optimizer(config, feed.steps_per_epoch, chosen, 0))
+        state = state.replace(tx=make_optimizer(config, feed.steps_per_epoch, chosen, 0))
         if ascent:
             found, labels = passes(state, images, labels, active)
         else:
             found = state.value_and_grad(loss_fn, spread(images), spread(labels))
             found = found._replace(grad_fn=None)
         state = state.apply_gradients(grads=found.grads, grad_fn=found.grad_fn, batch_stats=found.batch_stats)
-        state = state.replace(tx=tx)  # the state's own: another would compile the next step anew
+        state = state.replace(tx=at_rest)
         seen = jnp.float32(len(labels))
         right = jnp.sum(jnp.argmax(found.aux, -1) == labels, dtype=jnp.float32)
         return state, jax.tree.map(jnp.add, totals, Totals(seen * found.value, right, seen))
@@ -152,12 +157,21 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
         return here, loss(jax.tree.map(lambda p, g: p + scale * g, state.params, grads))
 
     # Whatever is passed on lies where it is expected, or the next call would be compiled anew.
-    jit = functools.partial(jax.jit, out_shardings=placement.replicated(config.devices))
+    whole = placement.replicated(config.devices)
+    states: Any = whole
+    if config.fsdp:
+        states = jax.tree.map(lambda x: placement.split(x.shape, config.devices), jax.eval_shape(init, 0))
+    everywhere = functools.partial(jax.jit, out_shardings=whole)
     return Programs(
-        init=jit(init),
-        no_totals=jit(lambda: Totals(*jnp.zeros(3))),
-        step=jit(step, static_argnames=("ascent", "active"), donate_argnums=(0, 1)),
-        renew=jit(renew, donate_argnums=0),
-        evaluate=jit(evaluate),
-        rise=jit(rise),
+        init=jax.jit(init, out_shardings=states),
+        no_totals=everywhere(lambda: Totals(*jnp.zeros(3))),
+        step=jax.jit(
+            step,
+            static_argnames=("ascent", "active"),
+            donate_argnums=(0, 1),
+            out_shardings=(states, whole),
+        ),
+        renew=jax.jit(renew, donate_argnums=0, out_shardings=states),
+        evaluate=everywhere(evaluate),
+        rise=everywhere(rise),
     )

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import ssam_jax
-from training import datasets, models
+from training import datasets, models, placement, processes
 from training.config import Config, check
 from training.feeds import Feed, MemoryFeed, StreamFeed
 from training.methods import Chosen, make_schedule
@@ -34,7 +34,12 @@ BESIDE = {  # what does not change the course of a run
     "evaluate_every": 1,
     "tensorboard": False,
     "wandb": False,
+    "processes": 1,
+    "process_id": 0,
+    "coordinator": "",
+    "heartbeat": 100,
 }
+ROUNDING = {"devices": 1, "fsdp": False}  # what changes it by rounding alone
 
 
 class Position(NamedTuple):
@@ -59,7 +64,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: Config) -> Prepared:
-    """Load the data and make the functions that a run compiles; nothing is compiled yet.
+    """Join the other processes, load the data and make the functions that a run compiles, which are not yet.
 
     Like runs get the same objects, and compile once.
 
@@ -69,20 +74,23 @@ def prepare(config: Config) -> Prepared:
         not there that a flag needs.
     """
     check(config)
-    for flag in MODULES:
-        if getattr(config, flag):
-            needed(flag)
-    prepared = _prepare(dataclasses.replace(config, **TRACED, **BESIDE), config.workers)
-    jax.eval_shape(prepared.programs.init, 0)  # the model, mask and optimizer fit
-    return prepared
+    processes.start(config.coordinator, config.processes, config.process_id, config.heartbeat)
+
+    def alone() -> Prepared:
+        for flag in MODULES:
+            if getattr(config, flag):
+                needed(flag)
+        prepared = _prepare(dataclasses.replace(config, **TRACED, **BESIDE), config.workers)
+        jax.eval_shape(prepared.programs.init, 0)  # the model, mask and optimizer fit
+        return prepared
+
+    shared = str(dataclasses.replace(config, process_id=0))
+    return processes.together(alone, lambda prepared: f"{shared} {prepared.feed.facts}")
 
 
 @functools.cache
 def _prepare(config: Config, workers: int) -> Prepared:
-    if config.devices > len(jax.devices()):
-        raise ValueError(
-            f"--devices must be at most the {len(jax.devices())} there are, got {config.devices}."
-        )
+    placement.check(config.devices)
     if config.dataset == "imagenet":
         feed: Feed = StreamFeed(config, workers)
     else:
@@ -105,28 +113,48 @@ def _load(name: str, folder: pathlib.Path | None, validation: int, limit: int | 
 def claim(config: Config) -> None:
     """Write the settings to the run's folder, or see that those there are the same.
 
+    The number of devices and processes may be another.
+
     Raises:
-      ValueError: they are not.
+      ValueError: they are not the same, or there is a process that does not see the folder of the others.
     """
-    settings = dataclasses.asdict(dataclasses.replace(config, **BESIDE))
-    text = json.dumps(settings, indent=1, default=str)
     path = config.out / "config.json"
-    config.out.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(dataclasses.replace(config, **BESIDE))
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    processes.together(lambda: _claim(path, _plain(settings), _plain(defaults)), str)
+    processes.together(lambda: _is_there(path), str)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _claim(path: pathlib.Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
     if not path.exists():
-        write_whole(path, text)
+        if processes.is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(settings, indent=1))
         return
-    there = json.loads(path.read_text())
-    other = [name for name, value in json.loads(text).items() if there.get(name) != value]
+    there = defaults | json.loads(
+        path.read_text()
+    )  # settings that are younger than the run had their defaults
+    other = [name for name, value in settings.items() if there[name] != value and name not in ROUNDING]
     if other:
         raise ValueError(
-            f"--out {config.out} holds a run of other settings ({', '.join(other)}): name another folder."
+            f"--out {path.parent} holds a run of other settings ({', '.join(other)}): name another folder."
         )
+
+
+def _is_there(path: pathlib.Path) -> None:
+    if not path.exists():
+        raise ValueError(f"--out {path.parent} must be one folder for all processes: here it is another.")
 
 
 def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
     """Train, or go on with training, and return the final state and the metrics of each epoch.
 
-    Writes config.json, metrics.jsonl and checkpoints into ``config.out``.
+    Writes config.json, metrics.jsonl and checkpoints into ``config.out``; to the checkpoints each process
+    writes what its devices hold.
 
     Raises:
       FloatingPointError: the training loss is not finite.
@@ -138,7 +166,14 @@ def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
     steps = config.epochs * feed.steps_per_epoch
     with ocp.CheckpointManager((config.out / "checkpoints").absolute(), options=options) as manager:
         at = _resume(manager, programs.init(config.seed), programs.no_totals())
-        bar = tqdm(total=steps, initial=at.step, unit="step", desc=config.out.name, smoothing=0.05)
+        bar = tqdm(
+            total=steps,
+            initial=at.step,
+            unit="step",
+            desc=config.out.name,
+            smoothing=0.05,
+            disable=not processes.is_first(),
+        )
         tracker = Tracker(config, last_epoch=at.step // feed.steps_per_epoch)
         with bar, contextlib.closing(tracker):
             while at.step < steps:

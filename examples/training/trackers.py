@@ -9,12 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from training.config import Config
+from training.processes import is_first
 
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # what the flags need
 
 
 class Tracker:
     """Writes a row of metrics for each epoch, and knows those of the epochs before; to be closed.
+
+    In a process that is not the first it writes nothing.
 
     Attributes:
       rows: the metrics of each epoch so far.
@@ -23,10 +26,13 @@ class Tracker:
     def __init__(self, config: Config, *, last_epoch: int):
         self._path = config.out / "metrics.jsonl"
         self.rows = [row for row in read_rows(self._path) if row["epoch"] <= last_epoch]
-        # What a killed run wrote after its last checkpoint will be written again.
-        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._writers: list[Callable[[dict[str, Any]], Any]] = []
         self._closers: list[Callable[[], Any]] = []
+        self._writes = is_first()
+        if not self._writes:
+            return
+        # What a killed run wrote after its last checkpoint will be written again.
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
         if config.tensorboard:
             board = needed("tensorboard").SummaryWriter(str(config.out / "tensorboard"))
             self._writers.append(
@@ -47,6 +53,8 @@ class Tracker:
     def write(self, row: dict[str, Any]) -> None:
         """Append a row."""
         self.rows.append(row)
+        if not self._writes:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         scalars = {name: value for name, value in row.items() if not isinstance(value, dict)}

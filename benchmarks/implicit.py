@@ -34,11 +34,11 @@ class Config:
 
     width: int = 128
     """Of the residual stream."""
-    layers: int = 4
+    layers: int = 2
     """Transformer layers."""
     batch: int = 16
     """Images of 32 x 32, 64 patches each."""
-    repeats: int = 21
+    repeats: int = 15
     """Timed calls of each candidate; the median counts."""
 
 

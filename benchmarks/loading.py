@@ -42,7 +42,7 @@ class Config:
     """Images in a batch for augmentation."""
     repeats: int = 100
     """Timed calls of each augmentation; the median counts."""
-    cifar: int = 20_000
+    cifar: int = 5_000
     """Images in the Parquet files of CIFAR's size."""
     images: int = 512
     """Images of 400 x 350 pixels for the streams."""
@@ -50,7 +50,7 @@ class Config:
     """Images in a batch of a stream."""
     rounds: int = 3
     """How often the streams take turns; the median counts."""
-    seconds: float = 2.0
+    seconds: float = 1.5
     """How long to draw from a stream in a round."""
     workers: tuple[int, ...] = (0, 1, 2)
     """Numbers of worker processes to compare."""

@@ -40,7 +40,7 @@ class Config:
     """Examples in a batch, at the middle width."""
     scores: tuple[int, ...] = (10**5, 10**6, 10**7, 10**8)
     """Parameters of the rules that are timed alone."""
-    repeats: int = 21
+    repeats: int = 11
     """Timed steps of each candidate; the median counts."""
     seconds: float = 4.0
     """For the rules at one number of parameters; they are timed at least three times."""

@@ -36,7 +36,7 @@ class Config:
     """Scores up to which the alternatives, which take much longer, are timed too, once."""
     design: int = 10**7
     """Scores for what the search is built on."""
-    leaves: tuple[int, ...] = (10, 40, 80)
+    leaves: tuple[int, ...] = (10, 20, 40)
     """Numbers of leaves at which compiling is timed."""
     repeats: int = 5
     """Timed calls of each candidate; the median counts."""

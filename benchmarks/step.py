@@ -43,7 +43,7 @@ class Config:
     """Factor on the widths, and on the batches, of small ones."""
     only: str = ""
     """Regular expression, searched in the names of the steps; SGD and SAM are always there."""
-    repeats: int = 21
+    repeats: int = 15
     """Timed steps of each candidate; the median counts."""
 
 
@@ -80,7 +80,7 @@ def problem_of(name: str, scale: int) -> Problem:
 def ways(problem: Problem) -> dict[str, Way]:
     """Return every way to take a step."""
     base, half = steps.optimizer(), problem.last(len(problem.parts) // 2)
-    trees = fixed_mask(networks.mask_of(problem.params, half))
+    half_fixed = fixed_mask(networks.mask_of(problem.params, half))
     nm = NM(2, 4, indivisible="whole")  # a head of 10 classes is not divisible by 4
     block = Structured(0.5, "block", block=4, indivisible="whole")
     fisher: Callable[..., Any] = functools.partial(fisher_mask, refresh_every=EVERY)
@@ -99,7 +99,7 @@ def ways(problem: Problem) -> dict[str, Way]:
         return Way(steps.plain(problem, tx), tx, calls=2)
 
     sam, contrib = chained(None), steps.contrib_sam(base)
-    last, implicit = chained(trees, normalize="masked"), chained(fisher(nm), form="implicit")
+    last, implicit = chained(half_fixed, normalize="masked"), chained(fisher(nm), form="implicit")
     batch = len(problem.args[-1])
     return {
         "SGD": Way(steps.plain(problem, base), base),
@@ -114,7 +114,7 @@ def ways(problem: Problem) -> dict[str, Way]:
         "Fisher 2:4": explicit(fisher(nm)),
         "dynamic 50 %": explicit(dynamic(Unstructured(0.5))),
         "dynamic by channel": explicit(dynamic(Structured(0.5, "channel"))),
-        "fixed, last half of the parts": explicit(trees)._replace(refreshes=False),
+        "fixed, last half of the parts": explicit(half_fixed)._replace(refreshes=False),
         "the same by the fast road": Way(steps.two_passes(problem, last, half), last),
         "implicit, Fisher 2:4": Way(
             steps.two_passes(problem, implicit, form="implicit"), implicit, refreshes=True

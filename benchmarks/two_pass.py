@@ -42,9 +42,9 @@ class Config:
     """Examples in a step."""
     networks: tuple[str, ...] = ("ResNet", "vision transformer", "scanned transformer")
     """Which networks."""
-    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)
+    shares: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Of the work of an SGD step, which the perturbed parts should do about."""
-    repeats: int = 11
+    repeats: int = 7
     """Timed steps of each candidate; the median counts."""
     compilations: int = 1
     """Times that each candidate is traced and compiled; the median counts."""

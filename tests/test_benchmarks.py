@@ -19,6 +19,7 @@ def test_the_tables_of_the_page_are_those_that_the_files_of_results_render_to(tm
     blocks = {**render.tables(suite.RESULTS), **links}
     assert "memory.patterns" in blocks
     assert set(blocks) <= set(render.names(page))
+    assert all("--quick" not in record["command"] for record in render.load(suite.RESULTS).values())
     assert render.replaced(page, blocks) == page
     images = render.PAGE.parent / "images"
     assert all((images / path.name).exists() for path in (tmp_path / "images").glob("*"))

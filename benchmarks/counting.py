@@ -23,12 +23,14 @@ class Instruction(NamedTuple):
       shapes: of the result, several if it is a tuple.
       operands: names.
       attributes: the rest of the line.
+      size: bytes of the result.
     """
 
     opcode: str
     shapes: list[tuple[int, ...]]
     operands: list[str]
     attributes: str
+    size: int
 
 
 Computation = dict[str, Instruction]
@@ -78,6 +80,37 @@ def program_flops(text: str) -> float:
     return total(entry)
 
 
+class Collective(NamedTuple):
+    """A communication between devices in a compiled program.
+
+    Attributes:
+      opcode: such as ``"all-reduce"``.
+      size: bytes of its result on a device.
+      conditional: whether it is in a branch of a conditional.
+    """
+
+    opcode: str
+    size: int
+    conditional: bool
+
+
+def collectives(text: str) -> list[Collective]:
+    """Return the collectives of an optimised HLO module; one in a loop is there once."""
+    computations, entry = parse(text)
+    kinds = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+
+    def inside(name: str, conditional: bool) -> Iterator[Collective]:
+        for instruction in computations[name].values():
+            opcode = instruction.opcode.removesuffix("-start")
+            if opcode in kinds:
+                yield Collective(opcode, instruction.size, conditional)
+                continue
+            for other in called(instruction):
+                yield from inside(other, conditional or instruction.opcode == "conditional")
+
+    return list(inside(entry, False))
+
+
 def parse(text: str) -> tuple[dict[str, Computation], str]:
     """Return the computations of an HLO module by name, and the name of the one it starts with."""
     computations: dict[str, Computation] = {}
@@ -96,9 +129,10 @@ def instruction_of(text: str) -> Instruction:
     shape, rest = split_parenthesis(text) if text.startswith("(") else text.split(" ", 1)
     opcode, rest = rest.strip().split("(", 1)
     operands, attributes = split_parenthesis("(" + rest)
-    dims = re.findall(r"\w+\[([\d,]*)\]", shape)
-    shapes = [tuple(int(size) for size in sizes.split(",") if size) for sizes in dims]
-    return Instruction(opcode, shapes, re.findall(r"%([\w.\-]+)", operands), attributes)
+    typed = re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", shape)
+    shapes = [tuple(int(size) for size in sizes.split(",") if size) for _, _, sizes in typed]
+    size = sum(max(1, int(bits or 8) // 8) * math.prod(dims) for (_, bits, _), dims in zip(typed, shapes))
+    return Instruction(opcode, shapes, re.findall(r"%([\w.\-]+)", operands), attributes, size)
 
 
 def split_parenthesis(text: str) -> tuple[str, str]:

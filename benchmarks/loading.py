@@ -8,26 +8,30 @@ import dataclasses
 import functools
 import io
 import itertools
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tyro
+import suite
 from PIL import Image
-from timing import medians, print_setting
+from suite import Record, markdown
+from timing import medians
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 from training import datasets, imagenet
 from training.augment import augment_batch, normalize
+
+SEEDS = (0, 1)
+TIMED = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,28 +42,31 @@ class Config:
     """Images in a batch for augmentation."""
     repeats: int = 100
     """Timed calls of each augmentation; the median counts."""
-    cifar: int = 20_000
+    cifar: int = 5_000
     """Images in the Parquet files of CIFAR's size."""
     images: int = 512
     """Images of 400 x 350 pixels for the streams."""
     stream_batch: int = 32
     """Images in a batch of a stream."""
-    rounds: int = 5
+    rounds: int = 3
     """How often the streams take turns; the median counts."""
-    seconds: float = 3.0
+    seconds: float = 1.5
     """How long to draw from a stream in a round."""
     workers: tuple[int, ...] = (0, 1, 2)
     """Numbers of worker processes to compare."""
 
 
-def augmentation(config: Config) -> None:
-    """Time the augmentation of batches of CIFAR's size, already on the device."""
+QUICK = Config(8, 2, 100, 16, 4, 1, 0.1, (0,))
+
+
+def augmentation(config: Config) -> dict[str, float]:
+    """Time, in milliseconds, the augmentation of batches of CIFAR's size, already on the device."""
     shape = (config.batch, 32, 32, 3)
     images = jax.random.bits(jax.random.key(0), shape, jnp.uint8)
     mean, std, key = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), jax.random.key(1)
     augment = functools.partial(augment_batch, key, images, mean, std)
     plain = jax.jit(normalize)
-    times = medians(
+    return medians(
         {
             "normalize alone": lambda: plain(images, mean, std),
             "crop, flip, normalize": augment,
@@ -68,10 +75,6 @@ def augmentation(config: Config) -> None:
         },
         config.repeats,
     )
-    print(f"Augmenting {config.batch} images of 32 x 32\n")
-    print("| step | median, ms | images/s |\n| --- | ---: | ---: |")
-    for name, value in times.items():
-        print(f"| {name} | {value:.2f} | {1e3 * config.batch / value:,.0f} |")
 
 
 def made_up(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -95,7 +98,7 @@ def write_parquet(path: Path, column: str, images: list[bytes], classes: int, ro
     pq.write_table(table, path, row_group_size=rows_in_group)
 
 
-def decoding(config: Config, folder: Path) -> None:
+def decoding(config: Config, folder: Path) -> dict[str, float]:
     """Time the reading of CIFAR from Parquet files of PNG images."""
     rng = np.random.default_rng(0)
     images = [encoded(made_up(rng, 32, 32), "PNG") for _ in range(config.cifar)]
@@ -105,9 +108,7 @@ def decoding(config: Config, folder: Path) -> None:
     data = datasets.load("cifar10", folder)
     seconds = time.perf_counter() - start
     count = len(data.train.labels) + len(data.test.labels)
-    print(f"\nLoading {count:,} images of 32 x 32 from Parquet files, {os.cpu_count()} cores\n")
-    print("| seconds | images/s |\n| ---: | ---: |")
-    print(f"| {seconds:.1f} | {count / seconds:,.0f} |")
+    return {"images": count, "seconds": seconds}
 
 
 def rate(batches: Iterator[dict[str, np.ndarray]], config: Config) -> float:
@@ -121,7 +122,7 @@ def rate(batches: Iterator[dict[str, np.ndarray]], config: Config) -> float:
     return count / passed
 
 
-def streaming(config: Config, folder: Path) -> None:
+def streaming(config: Config, folder: Path) -> dict[str, Any]:
     """Time the stream of training batches, from files and from Parquet, by the number of workers."""
     rng = np.random.default_rng(0)
     images = [encoded(made_up(rng, 400, 350), "JPEG") for _ in range(config.images)]
@@ -134,8 +135,6 @@ def streaming(config: Config, folder: Path) -> None:
         "folder": imagenet.image_folder(folder, "train"),
         "Parquet": imagenet.parquet(folder, "train", classes=10),
     }
-    size = f"400 x 350, {sum(map(len, images)) / len(images) / 1000:.0f} kB"
-    print(f"\nStreaming crops of 224 x 224 from JPEG images of {size}, {os.cpu_count()} cores\n")
     streams, first, rates = {}, {}, {}
     for key in itertools.product(sources, config.workers):
         batches = imagenet.train_batches(
@@ -147,16 +146,56 @@ def streaming(config: Config, folder: Path) -> None:
     for _ in range(config.rounds):  # a stream whose turn it is not fills its buffers and then waits
         for key, batches in streams.items():
             rates[key].append(rate(batches, config))
-    print("| source | workers | first batch after, s | images/s |\n| --- | ---: | ---: | ---: |")
+    rows = []
     for key, batches in streams.items():
         batches.close()
-        print(f"| {key[0]} | {key[1]} | {first[key]:.1f} | {np.median(rates[key]):,.0f} |")
+        row = {"source": key[0], "workers": key[1], "first_s": first[key]}
+        rows.append({**row, "rate": float(np.median(rates[key]))})
+    return {"bytes": sum(map(len, images)) / len(images), "rows": rows}
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Return the rates of all three."""
+    with tempfile.TemporaryDirectory() as cifar, tempfile.TemporaryDirectory() as photographs:
+        return {
+            "batch": config.batch,
+            "augmentation": augmentation(config),
+            "decoding": decoding(config, Path(cifar)),
+            "streaming": streaming(config, Path(photographs)),
+        }
+
+
+def tables(record: Record) -> dict[str, str]:
+    """Return the tables of augmentation, decoding and streaming."""
+    found, bandwidth = record["results"], record["limits"]["bandwidth"]
+    batch, decoded, streamed = found["batch"], found["decoding"], found["streaming"]
+    limit = 1e3 * batch * 32 * 32 * 3 * 5 / bandwidth  # bytes in, float32 out
+    augmenting = {
+        "step": (0, ""),
+        "median, ms": (1, ".2f"),
+        "images/s": (lambda row: 1e3 * batch / row[1], ",.0f"),
+        "limit, ms": (lambda row: limit, ".2f"),
+        "ratio": (lambda row: row[1] / limit, ".1f"),
+    }
+    streams = {
+        "source": ("source", ""),
+        "workers": ("workers", "d"),
+        "first batch after, s": ("first_s", ".1f"),
+        "images/s": ("rate", ",.0f"),
+    }
+    decoding = {
+        "seconds": ("seconds", ".1f"),
+        "images/s": (lambda row: row["images"] / row["seconds"], ",.0f"),
+    }
+    return {
+        "augmentation": f"Augmenting {batch} images of 32 x 32\n\n"
+        + markdown(list(found["augmentation"].items()), augmenting),
+        "decoding": f"Loading {decoded['images']:,} images of 32 x 32 from Parquet files\n\n"
+        + markdown([decoded], decoding),
+        "streaming": "Streaming crops of 224 x 224 from JPEG images of 400 x 350,"
+        f" {streamed['bytes'] / 1000:.0f} kB\n\n" + markdown(streamed["rows"], streams),
+    }
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config, description=__doc__)
-    print_setting()
-    augmentation(config)
-    with tempfile.TemporaryDirectory() as cifar, tempfile.TemporaryDirectory() as photographs:
-        decoding(config, Path(cifar))
-        streaming(config, Path(photographs))
+    suite.main(sys.modules[__name__])

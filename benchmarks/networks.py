@@ -36,6 +36,15 @@ class Problem(NamedTuple):
     has_aux: bool
     parts: tuple[str, ...]
 
+    def loss(self, *args: Any) -> jax.Array:
+        """Return the loss alone, of ``(params, *args)``."""
+        return self.loss_fn(*args)[0] if self.has_aux else self.loss_fn(*args)
+
+    def first(self, examples: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return ``args`` with the first examples of their batch; state, which comes first, is left whole."""
+        state = int(self.has_aux)
+        return (*args[:state], *(x[:examples] for x in args[state:]))
+
     def last(self, count: int) -> Active:
         """Return what is active if the last ``count`` parts are perturbed and no others."""
         chosen = self.parts[len(self.parts) - count :]
@@ -64,6 +73,39 @@ def mask_of(params: Any, active: Active) -> Any:
 
     leaves, tree = jax.tree.flatten(params)
     return tree.unflatten(map(mask, leaves, active))
+
+
+def count(params: Any) -> int:
+    """Return how many parameters there are."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def mlp(*, width: int = 16, layers: int = 3, batch: int = 4, inputs: int = 64) -> Problem:
+    """Return a perceptron of ``layers`` linear layers, the last of them the head."""
+    model = MLP(width, layers)
+    images, labels = _images(batch, 1, inputs)
+    params = _init(model, images)["params"]
+
+    def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        return _cross_entropy(model.apply({"params": params}, images), labels)
+
+    parts = (*(f"hidden_{i}" for i in range(layers - 1)), "head")
+    return Problem(loss_fn, params, (images, labels), False, parts)
+
+
+class MLP(nn.Module):
+    """Linear layers, and what is positive of their results in between."""
+
+    width: int
+    layers: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return logits (batch, CLASSES) of arrays (batch, ...)."""
+        x = x.reshape(x.shape[0], -1)
+        for i in range(self.layers - 1):
+            x = nn.relu(nn.Dense(self.width, name=f"hidden_{i}")(x))
+        return nn.Dense(CLASSES, name="head")(x)
 
 
 def resnet(
@@ -303,9 +345,9 @@ def _drawn(shapes: Any) -> Any:
     return map_with_path(draw, shapes)
 
 
-def _images(batch: int, size: int) -> tuple[jax.Array, jax.Array]:
+def _images(batch: int, size: int, channels: int = 3) -> tuple[jax.Array, jax.Array]:
     generator = np.random.default_rng(1)
-    images = generator.standard_normal((batch, size, size, 3), np.float32)
+    images = generator.standard_normal((batch, size, size, channels), np.float32)
     return jnp.asarray(images), jnp.asarray(generator.integers(CLASSES, size=batch, dtype=np.int32))
 
 

@@ -8,26 +8,28 @@ take turns, and medians count. Operations are those of the products in the compi
 
 import dataclasses
 import functools
-import gc
 import statistics
-import time
-from collections.abc import Callable
+import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import networks
 import optax
-import tyro
-from counting import program_flops
+import plotting
+import steps
+import suite
 from networks import Problem
-from timing import medians, print_setting
+from suite import Record, markdown
+from timing import compiled, medians
 from tqdm import tqdm
 
 import ssam_jax
-from ssam_jax import explain_two_pass, two_pass_value_and_grad
+from ssam_jax import explain_two_pass
 from ssam_jax.active import Active, FirstRow
 
-SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+SEEDS = (0, 1)
+TIMED = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,185 +40,184 @@ class Config:
     """Factor on the widths of the small networks that the tests use."""
     batch: int = 16
     """Examples in a step."""
-    repeats: int = 11
+    networks: tuple[str, ...] = ("ResNet", "vision transformer", "scanned transformer")
+    """Which networks."""
+    shares: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """Of the work of an SGD step, which the perturbed parts should do about."""
+    repeats: int = 7
     """Timed steps of each candidate; the median counts."""
-    compilations: int = 3
+    compilations: int = 1
     """Times that each candidate is traced and compiled; the median counts."""
 
 
-def problems(config: Config) -> dict[str, Problem]:
-    """Return the networks, of depths at which a tenth of the work is a layer or so."""
+QUICK = Config(1, 2, ("ResNet",), (0.5,), 1)
+
+
+def problem_of(name: str, config: Config) -> Problem:
+    """Return a network, of a depth at which a tenth of the work is a layer or so."""
     scale, batch = config.scale, config.batch
-    return {
-        "ResNet": networks.resnet(widths=(8 * scale, 16 * scale), blocks=3, batch=batch, size=16),
-        "vision transformer": networks.vit(width=32 * scale, layers=8, heads=4, batch=batch, size=32),
-        "scanned transformer": networks.scanned_transformer(
-            width=32 * scale, layers=8, heads=4, batch=batch, length=64, vocabulary=64
-        ),
-    }
+    if name == "ResNet":
+        return networks.resnet(widths=(8 * scale, 16 * scale), blocks=3, batch=batch, size=16)
+    if name == "vision transformer":
+        return networks.vit(width=32 * scale, layers=8, heads=4, batch=batch, size=32)
+    return networks.scanned_transformer(
+        width=32 * scale, layers=8, heads=4, batch=batch, length=64, vocabulary=64
+    )
 
 
-def loss_of(problem: Problem) -> Callable[..., Any]:
-    """Return the loss alone."""
-    return lambda *args: problem.loss_fn(*args)[0] if problem.has_aux else problem.loss_fn(*args)
+def transformation(problem: Problem, active: Active) -> Any:
+    """Return SSAM with a mask that perturbs what is active."""
+    rule = ssam_jax.fixed_mask(networks.mask_of(problem.params, active))
+    return optax.chain(ssam_jax.ssam(0.1, rule, normalize="masked"), steps.optimizer())
 
 
-def optimizer() -> optax.GradientTransformation:
-    """Return what comes after the perturbation."""
-    return optax.sgd(0.1, momentum=0.9)
-
-
-def sgd_step(problem: Problem) -> Callable[..., Any]:
-    """Return a step of SGD."""
-
-    def step(params: Any, state: Any, *args: Any) -> Any:
-        grads = jax.grad(loss_of(problem))(params, *args)
-        updates, state = optimizer().update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
-def contrib_step(problem: Problem) -> Callable[..., Any]:
-    """Return a step of ``optax.contrib.sam``."""
-    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
-    tx = optax.contrib.sam(optimizer(), adversary, opaque_mode=True)
-
-    def step(params: Any, state: Any, *args: Any) -> Any:
-        del state
-        grad_fn = lambda p, i: jax.grad(loss_of(problem))(p, *args)  # noqa: E731
-        updates, _ = tx.update(grad_fn(params, 0), tx.init(params), params, grad_fn=grad_fn)
-        return optax.apply_updates(params, updates)
-
-    return step
-
-
-def fast_step(problem: Problem, active: Active) -> Callable[..., Any]:
-    """Return a step by the fast road."""
-    two_pass = two_pass_value_and_grad(loss_of(problem))
-
-    def step(params: Any, state: Any, *args: Any) -> Any:
-        _, grads, grad_fn = two_pass(params, *args, active=active)
-        return stepped(problem, active, params, state, grads, grad_fn)
-
-    return step
-
-
-def trusting_step(problem: Problem, active: Active) -> Callable[..., Any]:
+def trusting(problem: Problem, tx: Any, active: Active) -> steps.Step:
     """Return the same step written as two gradients, the first with respect to the active leaves."""
-    loss = loss_of(problem)
+
+    def merged(leaf: Any, moving: Any, entry: bool | FirstRow) -> Any:
+        if isinstance(entry, FirstRow):
+            return jnp.concatenate([leaf[: entry.row], moving[entry.row :]])
+        return moving if entry else leaf
 
     def step(params: Any, state: Any, *args: Any) -> Any:
         leaves, tree = jax.tree.flatten(params)
 
-        def rest_fixed(moving: list[Any]) -> Any:
-            return loss(tree.unflatten(map(merged, leaves, moving, active)), *args)
-
-        def merged(leaf: Any, moving: Any, entry: bool | FirstRow) -> Any:
-            if isinstance(entry, FirstRow):
-                return jax.numpy.concatenate([leaf[: entry.row], moving[entry.row :]])
-            return moving if entry else leaf
-
-        grads = tree.unflatten(jax.grad(rest_fixed)(leaves))
+        def mixed(moving: list[Any]) -> Any:
+            return tree.unflatten(map(merged, leaves, moving, active))
 
         def grad_fn(point: Any, i: int) -> Any:
             del i
-            point = tree.unflatten(map(merged, leaves, jax.tree.leaves(point), active))
-            return jax.grad(loss)(point, *args)
+            return jax.grad(problem.loss)(mixed(jax.tree.leaves(point)), *args)
 
-        return stepped(problem, active, params, state, grads, grad_fn)
+        grads = tree.unflatten(jax.grad(lambda moving: problem.loss(mixed(moving), *args))(leaves))
+        return steps.moved(tx, grads, state, params, grad_fn=grad_fn)
 
     return step
 
 
-def stepped(problem: Problem, active: Active, params: Any, state: Any, grads: Any, grad_fn: Any) -> Any:
-    """Take the step, with a mask that perturbs what is active."""
-    rule = ssam_jax.fixed_mask(networks.mask_of(problem.params, active))
-    tx = ssam_jax.ssam(0.1, rule, normalize="masked")
-    grads, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
-    updates, state = optimizer().update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-
-def choices(problem: Problem) -> dict[float, tuple[int, Active]]:
-    """Return for each share the number of last parts whose predicted extra cost is nearest to it."""
+def choices(problem: Problem, config: Config) -> dict[int, float]:
+    """Return the numbers of last parts whose predicted extra cost is nearest to the shares, and that cost."""
     costs = {}
     for count in range(len(problem.parts) + 1):
-        report = explain_two_pass(loss_of(problem), problem.params, *problem.args, active=problem.last(count))
+        report = explain_two_pass(problem.loss, problem.params, *problem.args, active=problem.last(count))
         costs[count] = report.relative_to_sgd - 1
-    nearest = {share: min(costs, key=lambda count: abs(costs[count] - share)) for share in SHARES}
-    return {costs[count]: (count, problem.last(count)) for count in nearest.values()}
+    nearest = {min(costs, key=lambda count: abs(costs[count] - share)) for share in config.shares}
+    return {count: costs[count] for count in sorted(nearest)}
 
 
-def compile_timed(step: Callable[..., Any], *args: Any) -> tuple[Any, float, float]:
-    """Return the compiled step and the seconds that tracing and compiling took."""
-    gc.collect()
-    start = time.perf_counter()
-    lowered = jax.jit(functools.partial(step)).lower(*args)  # a new function: nothing is cached
-    traced = time.perf_counter()
-    executable = lowered.compile()
-    return executable, traced - start, time.perf_counter() - traced
-
-
-def measure(problem: Problem, config: Config, bar: Any) -> None:
-    """Print the tables of a network."""
-    state = optimizer().init(problem.params)
-    args = (problem.params, state, *problem.args)
-    found = choices(problem)
-    steps = {("SGD", None): sgd_step(problem), ("optax", None): contrib_step(problem)}
-    for share, (_, active) in found.items():
-        steps["fast", share] = fast_step(problem, active)
-        steps["trusting", share] = trusting_step(problem, active)
-    executables, traces, compiles = {}, {name: [] for name in steps}, {name: [] for name in steps}
-    for _ in range(config.compilations):
-        for name, step in steps.items():
-            bar.set_description(f"{name[0]} {name[1] or 0:.2f}, compiling")
-            executables[name], trace, compiling = compile_timed(step, *args)
-            traces[name].append(trace)
-            compiles[name].append(compiling)
-            bar.update()
+def measure_network(problem: Problem, config: Config, bar: Any) -> dict[str, Any]:
+    """Return what each step costs on a network."""
+    predicted = choices(problem, config)
+    sam = steps.contrib_sam(steps.optimizer())
+    ways: dict[str, Any] = {
+        "SGD": (steps.plain(problem, steps.optimizer()), steps.optimizer()),
+        "optax.contrib.sam": (steps.ascending(problem, sam), sam),
+    }
+    for count in predicted:
+        active = problem.last(count)
+        tx = transformation(problem, active)
+        ways[f"fast, {count}"] = (steps.two_passes(problem, tx, active), tx)
+        ways[f"trusting, {count}"] = (trusting(problem, tx, active), tx)
+    rows, calls = {}, {}
+    for name, (step, tx) in ways.items():
+        bar.set_description(f"{name}, compiling")
+        args = (problem.params, tx.init(problem.params), *problem.args)
+        programs = [compiled(step, *args) for _ in range(config.compilations)]
+        calls[name] = functools.partial(programs[-1].call, *args)
+        middle = {
+            key: statistics.median(program.costs[key] for program in programs)
+            for key in ("trace_s", "compile_s")
+        }
+        rows[name] = {**programs[-1].costs, **middle}
+        bar.update()
     bar.set_description("timing")
-    times = medians(
-        {name: functools.partial(executable, *args) for name, executable in executables.items()},
-        config.repeats,
-    )
-    flops = {name: program_flops(executable.as_text()) for name, executable in executables.items()}
-    count, sam = sum(p.size for p in jax.tree.leaves(problem.params)), ("optax", None)
-    sgd = ("SGD", None)
-    print(
-        f"{count:,} parameters, {config.batch} examples; SGD {times[sgd]:.1f} ms,"
-        f" optax.contrib.sam {times[sam] / times[sgd]:.2f} SGD steps,"
-        f" operations {flops[sam] / flops[sgd]:.2f}\n"
-    )
-    print(
-        "| last parts perturbed | predicted 1 + p | operations | time | time / optax.contrib.sam"
-        " | left to the compiler: operations | time |\n| ---: " + "| ---: " * 6 + "|"
-    )
-    for share, (parts, _) in found.items():
-        fast, trusting = ("fast", share), ("trusting", share)
-        row = [1 + share, flops[fast] / flops[sgd], times[fast] / times[sgd], times[fast] / times[sam]]
-        row += [flops[trusting] / flops[sgd], times[trusting] / times[sgd]]
-        print(f"| {parts} of {len(problem.parts)} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
-    print("\nSeconds to trace and to compile, and their sum relative to optax.contrib.sam\n")
-    print("| step | trace | compile | sum / optax.contrib.sam |\n| --- | ---: | ---: | ---: |")
-    middle = statistics.median
-    totals = {name: middle(map(sum, zip(traces[name], compiles[name]))) for name in steps}
-    for name in steps:
-        label = name[0] if name[1] is None else f"{name[0]}, {1 + name[1]:.2f}"
-        row = [middle(traces[name]), middle(compiles[name]), totals[name] / totals[sam]]
-        print(f"| {label} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
-    print()
+    for name, value in medians(calls, config.repeats).items():
+        rows[name]["ms"] = value
+    return {
+        "parameters": networks.count(problem.params),
+        "parts": len(problem.parts),
+        "predicted": [[count, 1 + share] for count, share in predicted.items()],
+        "steps": rows,
+    }
 
 
-def main(config: Config) -> None:
-    """Print the tables."""
-    with tqdm(total=3 * config.compilations * (2 + 2 * len(SHARES)), unit="program") as bar:
-        for name, problem in problems(config).items():
-            print(f"### {name}\n")
-            measure(problem, config, bar)
+def measure(config: Config) -> dict[str, Any]:
+    """Return what each step costs, by network."""
+    with tqdm(unit="program") as bar:
+        return {name: measure_network(problem_of(name, config), config, bar) for name in config.networks}
+
+
+def tables(record: Record) -> dict[str, str]:
+    """Return the tables of the networks, and one of tracing and compiling."""
+    found = record["results"]
+    compiling = []
+    for network, results in found.items():
+        for label, fast, trusting in table_rows(results):
+            sam = seconds(results["steps"]["optax.contrib.sam"])
+            both = (seconds(fast) / sam, seconds(trusting) / sam)
+            compiling.append((network, label, fast["trace_s"], fast["compile_s"], *both))
+    columns = ("network", "predicted 1 + p", "trace, s", "compile, s", "sum / optax.contrib.sam")
+    columns += ("left to the compiler / optax.contrib.sam",)
+    specs = ("", ".2f", ".2f", ".2f", ".2f", ".2f")
+    return {
+        **{name.replace(" ", "_"): table(name, results, record) for name, results in found.items()},
+        "compile": markdown(compiling, {c: (i, spec) for i, (c, spec) in enumerate(zip(columns, specs))}),
+    }
+
+
+def table_rows(results: dict[str, Any]) -> list[tuple[float, dict[str, Any], dict[str, Any]]]:
+    """Return for each choice the prediction, the fast road's costs, and those left to the compiler."""
+    every = results["steps"]
+    return [(share, every[f"fast, {n}"], every[f"trusting, {n}"]) for n, share in results["predicted"]]
+
+
+def seconds(costs: dict[str, Any]) -> float:
+    """Return the time to trace and to compile."""
+    return costs["trace_s"] + costs["compile_s"]
+
+
+def table(name: str, results: dict[str, Any], record: Record) -> str:
+    """Return the table of a network."""
+    every, peak = results["steps"], record["limits"]["convolution" if name == "ResNet" else "product"]
+    sgd, sam = every["SGD"], every["optax.contrib.sam"]
+    rows = [
+        (f"{count} of {results['parts']}", *row)
+        for (count, _), row in zip(results["predicted"], table_rows(results))
+    ]
+    columns = {
+        "last parts perturbed": (0, ""),
+        "predicted 1 + p": (1, ".2f"),
+        "operations": (lambda row: row[2]["flops"] / sgd["flops"], ".2f"),
+        "time": (lambda row: row[2]["ms"] / sgd["ms"], ".2f"),
+        "time / optax.contrib.sam": (lambda row: row[2]["ms"] / sam["ms"], ".2f"),
+        "time / limit": (lambda row: row[2]["ms"] / (1e3 * row[2]["flops"] / peak), ".1f"),
+        "left to the compiler: operations": (lambda row: row[3]["flops"] / sgd["flops"], ".2f"),
+        "time ": (lambda row: row[3]["ms"] / sgd["ms"], ".2f"),
+    }
+    return (
+        f"{name[0].upper() + name[1:]}: {results['parameters']:,} parameters; SGD {sgd['ms']:.1f} ms,"
+        f" {sgd['ms'] * peak / 1e3 / sgd['flops']:.1f} times its limit; optax.contrib.sam"
+        f" {sam['ms'] / sgd['ms']:.2f} SGD steps, operations {sam['flops'] / sgd['flops']:.2f}\n\n"
+        + markdown(rows, columns)
+    )
+
+
+def plots(record: Record) -> dict[str, Any]:
+    """Return the picture of times by the predicted operations."""
+    figure, axes = plotting.figure(5.5)
+    axes.plot([1, 2], [1, 2], ":", color=plotting.LIMIT, label="limit: operations")
+    for (name, results), color, marker in zip(record["results"].items(), plotting.COLORS, plotting.MARKERS):
+        rows, sgd = table_rows(results), results["steps"]["SGD"]["ms"]
+        predicted = [share for share, *_ in rows]
+        for i, (line, label) in enumerate((("-", name), ("--", f"{name}, left to the compiler"))):
+            times = [row[1 + i]["ms"] / sgd for row in rows]
+            fill = color if i == 0 else "none"
+            axes.plot(predicted, times, line, marker=marker, color=color, markerfacecolor=fill, label=label)
+    axes.set_xlabel("predicted operations (SGD steps)")
+    axes.set_ylabel("time (SGD steps)")
+    axes.legend(fontsize=8)
+    return {"times": ("Time of a step by the fast road, by the operations predicted", figure)}
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(Config, description=__doc__)
-    print_setting()
-    main(chosen)
+    suite.main(sys.modules[__name__])

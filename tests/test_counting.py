@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from counting import contraction_flops, parse, program_flops, valid_pairs
+from counting import collectives, contraction_flops, parse, program_flops, valid_pairs
 from jax import lax
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -136,3 +136,39 @@ def test_the_shapes_of_a_tuple_are_all_read():
     assert entry == "main"
     assert computations["main"]["tuple"].shapes == [(4, 2), (4, 2)]
     assert computations["main"]["tuple"].operands == ["sort", "get"]
+
+
+SHARDED = """\
+HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%renew (p: (f32[4])) -> f32[4] {
+  %p = (f32[4]{0}) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%p), index=0
+  %count = (s32[7]{0}, pred[3]{0}) all-reduce(%x, %x), replica_groups={}, to_apply=%add
+  ROOT %y = f32[4]{0} copy(%x)
+}
+
+%keep (p: (f32[4])) -> f32[4] {
+  %p = (f32[4]{0}) parameter(0)
+  ROOT %x = f32[4]{0} get-tuple-element(%p), index=0
+}
+
+ENTRY %main (x: f32[4], i: s32[]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %whole = bf16[2,8]{1,0} all-gather-start(%x), dimensions={0}
+  %done = bf16[2,8]{1,0} all-gather-done(%whole)
+  %tuple = (f32[4]{0}) tuple(%x)
+  ROOT %new = f32[4]{0} conditional(%i, %tuple, %tuple), branch_computations={%renew, %keep}
+}
+"""
+
+
+def test_collectives_are_listed_with_their_bytes_and_apart_in_conditionals():
+    assert collectives(SHARDED) == [("all-gather", 2 * 16, False), ("all-reduce", 4 * 7 + 3, True)]

@@ -257,6 +257,30 @@ def test_parts_of_any_size_are_a_vmap_of_the_step_in_the_ordinary_program():
     assert all_reduced(step, *args) == (SIZE + 1, [])
 
 
+def test_an_ascent_on_a_part_of_each_device_s_rows_moves_no_row():
+    """The mean over the first rows of every device, and the whole batch for the descent."""
+    tx, params, devices = optimizer(RULES["fixed"]), jax.tree.map(jnp.array, PARAMS), 4
+
+    def step(params, state, batch):
+        part = batch.reshape(devices, -1, 4)[:, :2].reshape(-1, 4)
+        grad_fn = lambda params, i: jax.grad(loss)(params, batch)  # noqa: E731
+        updates, state = tx.update(jax.grad(loss)(params, part), state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state
+
+    everywhere, by_example = (NamedSharding(mesh_of(devices), spec) for spec in (EVERYWHERE, BY_EXAMPLE))
+    state = tx.init(params)
+    args = (*jax.device_put((params, state), everywhere), jax.device_put(BATCHES[0], by_example))
+    assert all_reduced(step, *args) == (2 * SIZE, [])
+
+    after, _ = quick_jit(step)(*args)
+    rows = BATCHES[0][[0, 1, 4, 5, 8, 9, 12, 13]]
+    grads = jax.grad(loss)(params, rows)
+    norm = math.sqrt(sum(float((np.asarray(g) ** 2).sum()) for g in jax.tree.leaves(grads)))
+    point = {**params, "first": params["first"] + RHO / norm * grads["first"]}
+    descent = jax.grad(loss)(point, BATCHES[0])
+    tiny.assert_close(after, jax.tree.map(lambda p, g: p - LR * g, params, descent))
+
+
 SCRIPT = [sys.executable, "-W", "error", Path(__file__).parent.parent / "examples" / "m_sharpness.py"]
 
 

@@ -31,12 +31,8 @@ lint: $(VENV)/made
 types: $(VENV)/made
 	$(BIN)/mypy
 
-bench: $(VENV)/made
-	$(BIN)/python benchmarks/selection.py
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/two_pass.py
-	$(BIN)/python benchmarks/implicit.py
-	$(BIN)/python benchmarks/loading.py
+bench: $(VENV)/made  ## every benchmark, into benchmarks/results and docs/performance.md
+	$(BIN)/python benchmarks/run.py
 
 results: $(VENV)/made  ## the study of docs/results.md: make results DATA=folder-of-cifar10
 	$(BIN)/python examples/results.py --data $(DATA)

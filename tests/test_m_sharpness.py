@@ -165,7 +165,7 @@ def test_a_state_that_is_not_the_same_everywhere_is_refused():
         return step
 
     def by_ascent(state, params, ascent_grads, descent_grads, step, **extra):
-        return state._replace(mask=jax.tree.map(lambda g: g > 0, ascent_grads))
+        return state._replace(bits=jax.tree.map(lambda g: g > 0, ascent_grads))
 
     curious = optimizer(ssam_jax.MaskRule(RULES["fisher"].init, by_ascent))
     plain = optimizer(None)

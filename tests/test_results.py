@@ -1,6 +1,7 @@
 """The study tunes each row on validation examples alone, repeats nothing, and reports what it found."""
 
 import dataclasses
+import json
 import pathlib
 
 import pytest
@@ -103,6 +104,14 @@ def test_steps_with_and_without_the_ascent_are_timed_by_their_shares(
     found = {name: {"rho": 0.1} for name in rows}
     results.time_steps(dataclasses.replace(STUDY, timing_rounds=2), rows, found)
     assert all(r["step_seconds"] > 0 and r["temporary_bytes"] > 0 for r in found.values())
+
+
+def test_the_page_shows_the_table_of_the_results_that_are_kept_with_it():
+    docs = pathlib.Path(__file__).parent.parent / "docs"
+    kept = json.loads((docs / "results" / "results.json").read_text())["rows"]
+    assert results.table(kept) in (docs / "results.md").read_text()
+    runs = [json.loads(line) for line in (docs / "results" / "runs.jsonl").read_text().splitlines()]
+    assert all(one in runs for row in kept.values() for one in row["runs"])
 
 
 def test_a_row_that_does_not_exist_is_refused():

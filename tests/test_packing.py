@@ -20,12 +20,12 @@ SHAPES = {
     (0, 64): 8,
     (63,): 1,
     (64,): 8,
-    (56,): 1,  # seven words
+    (96,): 1,  # twelve words, which eight devices would not divide
     (100, 10): 1,
     (128, 10): 16,
     (64, 64): 8,
-    (4096, 96): 16,  # 256 words can be halved more often than 12
-    (96, 4096): 8,
+    (4096, 192): 16,  # 256 words can be halved more often than 24
+    (192, 4096): 8,
     (3, 3, 64, 128): 8,
     (256, 256, 3, 3): 32,
 }
@@ -79,6 +79,13 @@ def test_a_sharded_mask_is_packed_and_unpacked_where_it_lies(mode, shape, spec):
     np.testing.assert_array_equal(unpacked, mask)
     text = round_trip.lower(mask).compile().as_text()
     assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
+
+
+def test_words_that_explicit_axes_would_split_are_refused_with_the_remedy():
+    mesh = jax.sharding.AbstractMesh((16,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = jax.ShapeDtypeStruct((64,), jnp.bool_, sharding=NamedSharding(mesh, PartitionSpec("d")))
+    with pytest.raises(ValueError, match=r"'bias' would be kept as 8 words .* 16 devices .* packed=False"):
+        jax.eval_shape(packing.pack, {"bias": spread})
 
 
 PARAMS = {

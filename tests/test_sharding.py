@@ -17,17 +17,20 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ssam_jax
 from ssam_jax import NM, Structured, Unstructured, shardings, two_pass_value_and_grad
 from ssam_jax.active import FirstRow
+from ssam_jax.masks import packing
 
 P = PartitionSpec
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 PARAMS = {
     "bias": np.sin(np.arange(1, 17, dtype=np.float32)),
-    "kernel": np.cos(np.arange(1, 16 * 32 + 1, dtype=np.float32)).reshape(16, 32),
+    "kernel": np.cos(np.arange(1, 16 * 64 + 1, dtype=np.float32)).reshape(
+        16, 64
+    ),  # so long that it is packed
 }
 GRADS = jax.tree.map(lambda p: np.sin(100 * p), PARAMS)
-SHARD = 16 * 32 // 8
-SMALL = 32
+SHARD = 16 * 64 // 8
+SMALL = 64
 """Entries that may travel: one score for each channel of the kernel."""
 
 # Data and FSDP axes; an FSDP and a tensor axis.
@@ -59,10 +62,10 @@ def sharded(tree, layout, kind=AxisType.Auto):
 
 
 def part_of(spec, shape, whole):
-    """Return the part of a spec for an array that broadcasts, as a tuple of full rank."""
+    """Return the part of a spec for an array that broadcasts, or is packed, as a tuple of full rank."""
     full = (*spec, *[None] * (len(whole) - len(spec)))[len(whole) - len(shape) :]
     return tuple(
-        axis if n == m else None for axis, n, m in zip(full, shape, whole[len(whole) - len(shape) :])
+        None if n == 1 < m else axis for axis, n, m in zip(full, shape, whole[len(whole) - len(shape) :])
     )
 
 
@@ -87,7 +90,7 @@ def before_refresh(rule):
         name: sum(i // 2 for i in np.indices(m.shape)) % 2 == 0 if m.shape else np.array(True)
         for name, m in state.mask.items()
     }
-    return state._replace(mask=tiles)
+    return state._replace(bits=packing.pack_like(jax.tree.map(jnp.array, tiles), state.bits))
 
 
 def placed(state, params):
@@ -176,7 +179,7 @@ def test_drawing_the_first_mask_moves_scalars_alone_and_makes_nothing_whole():
     program = quick_jit(tx.init).lower(abstract(params)).compile()
     assert max(size for _, size in hlo.communicated(program.as_text())) <= SMALL
     assert max(hlo.element_counts(program.as_text())) <= SHARD
-    for tree in (program.output_shardings.mask_state.mask, program.output_shardings.mask_state.scores):
+    for tree in (program.output_shardings.mask_state.bits, program.output_shardings.mask_state.scores):
         assert all(s.is_equivalent_to(params[name].sharding, params[name].ndim) for name, s in tree.items())
 
 

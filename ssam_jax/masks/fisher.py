@@ -70,9 +70,9 @@ def fisher_mask(
       accumulator_dtype: dtype of the running mean, which is computed in float32 at least:
         ``float32``, or ``bfloat16`` for half the memory (keep ``decay`` at or below 0.99 then).
       seed: seed of the first mask.
-      packed: whether the state keeps a bit, not a byte, for each entry of a mask, wherever an axis of the
-        leaf is divisible by the bits of a word. On a mesh that does not divide the words (64 output
-        channels, eight words, over more than eight devices) False keeps every leaf sharded.
+      packed: whether the state keeps a bit, not a byte, for each entry of a mask, in every leaf whose last
+        axis is a multiple of 64 (or the second last of 128, the third last of 256). False is for meshes
+        that do not divide the words (64 output channels, eight words, over more than eight devices).
 
     Returns:
       A `MaskRule` with a `FisherState`.

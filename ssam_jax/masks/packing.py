@@ -8,32 +8,43 @@ The work on a leaf is under ``jit`` for callers that are not: op by op, each ope
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ssam_jax import shardings, trees
 from ssam_jax.typing import Mask
 
 AXES = {8: -1, 16: -2, 32: -3}
 """The axis along which words of so many bits run. Other leaves, all short ones among them, stay bool."""
 
-LEAST_WORDS = 8
-"""Fewer words than this along an axis are not worth having, and could not be spread over many devices."""
+TOGETHER = 8
+"""Along the axis a leaf must have a multiple of so many words: a mesh divides words, not the bits of one."""
 
 
 def pack(mask: Mask) -> Mask:
     """Return a tree of bool arrays with those packed whose shape allows it.
 
-    The axis is the one whose words can be halved most often, so that most meshes divide them; of equal
-    ones the later.
+    The axis is the one whose number of words has the largest power of two in it, so that most meshes divide
+    them; of equal ones the later.
 
     Returns:
       uint8, uint16 or uint32 arrays, shorter along one axis by the bits of a word. Bit ``j`` of word
       ``i`` is entry ``bits * i + j``.
+
+    Raises:
+      ValueError: the type of a leaf says that it is sharded over more devices than divide its words.
     """
-    return jax.tree.map(lambda leaf: _packed(leaf, word_bits(leaf.shape)), mask)
+
+    def packed(path: str, leaf: jax.Array) -> jax.Array:
+        bits = word_bits(leaf.shape)
+        _check_words_stay_whole(path, leaf, bits)
+        return _packed(leaf, bits)
+
+    return trees.map_with_path(packed, mask)
 
 
 def pack_like(mask: Mask, like: Mask) -> Mask:
@@ -53,8 +64,28 @@ def word_bits(shape: Sequence[int]) -> int:
         for bits, axis in AXES.items()
         if len(shape) >= -axis and not shape[axis] % bits
     }
-    halvings = {bits: count & -count for bits, count in words.items() if count >= LEAST_WORDS}
-    return max(halvings, key=halvings.__getitem__, default=1)
+    largest = {bits: count & -count for bits, count in words.items()}  # power of two that divides them
+    fitting = {bits: power for bits, power in largest.items() if power >= TOGETHER}
+    return max(fitting, key=fitting.__getitem__, default=1)
+
+
+def _check_words_stay_whole(path: str, leaf: jax.Array, bits: int) -> None:
+    typed = shardings.explicit(leaf)
+    if bits == 1 or typed is None:
+        return
+    axis = leaf.ndim + AXES[bits]
+    names = (*typed.spec, *[None] * leaf.ndim)[axis]
+    devices = math.prod(typed.mesh.shape[name] for name in _as_tuple(names))
+    if leaf.shape[axis] // bits % devices:
+        raise ValueError(
+            f"the mask of the leaf {path!r} would be kept as {leaf.shape[axis] // bits} words along its axis"
+            f" {axis}, which is split over {devices} devices that do not divide them: give the mask rule"
+            " packed=False."
+        )
+
+
+def _as_tuple(names: Any) -> tuple[str, ...]:
+    return () if names is None else names if isinstance(names, tuple) else (names,)
 
 
 def _bits(leaf: Any) -> int:

@@ -275,7 +275,7 @@ def test_a_mask_rule_gets_both_gradients_and_its_new_mask_serves_the_next_step()
 
     def update(state, params, ascent_grads, descent_grads, step, **extra):
         got.append((ascent_grads, descent_grads, int(step)))
-        return state._replace(mask=jax.tree.map(jnp.logical_not, state.mask))
+        return state._replace(bits=jax.tree.map(jnp.logical_not, state.mask))
 
     rule = ssam_jax.MaskRule(fixed_mask(MASK).init, update)
     tx, params = ssam(0.1, rule), make_params()

@@ -98,11 +98,13 @@ class Run:
 
     def found(self):
         """Return parameters and masks as numpy arrays by path, ``{"fisher/mask/['first']['bias']": ...}``."""
-        trees = {}
+        trees, active = {}, {}
         for name, (params, state) in self.carry.items():
             trees |= {f"{name}/params": params, f"{name}/mask": ssam_jax.get_mask(state)}
+            active[f"{name}/mask/active"] = np.array(list(map(int, ssam_jax.active_leaves(state))))
         leaves = jax.tree_util.tree_flatten_with_path(self.gather(trees))[0]
-        return {path[0].key + "/" + jax.tree_util.keystr(path[1:]): np.asarray(x) for path, x in leaves}
+        arrays = {path[0].key + "/" + jax.tree_util.keystr(path[1:]): np.asarray(x) for path, x in leaves}
+        return arrays | active
 
     def train(self, until):
         """Return what was found after each step, by number."""

@@ -215,7 +215,7 @@ def plots(record: Record) -> dict[str, Any]:
             axes.plot(predicted, times, line, marker=marker, color=color, markerfacecolor=fill, label=label)
     axes.set_xlabel("predicted operations (SGD steps)")
     axes.set_ylabel("time (SGD steps)")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right")
     return {"times": ("Time of a step by the fast road, by the operations predicted", figure)}
 
 

@@ -145,3 +145,11 @@ def beside(tree: Any, params: chex.ArrayTree) -> Any:
         return jax.make_array_from_callback(value.shape, everywhere, lambda index: value[index])
 
     return jax.tree.map(place, tree)
+
+
+def readable(x: jax.Array) -> jax.Array:
+    """Return an array that this process can read whole, though it may lie on devices of several of them."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    sharding: Any = x.sharding  # arrays of several processes lie on a mesh
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(x)

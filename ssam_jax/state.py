@@ -116,7 +116,8 @@ def active_leaves(opt_state: chex.ArrayTree) -> Active:
             "active_leaves reads the mask's values, which are not known under jit. Call it between"
             " steps and pass the tuple on as a static argument."
         )
-    rows = jax.device_get([(_by_row(jnp.any, leaf), _by_row(jnp.all, leaf)) for leaf in leaves])
+    found = [(_by_row(jnp.any, leaf), _by_row(jnp.all, leaf)) for leaf in leaves]
+    rows = jax.device_get(jax.tree.map(shardings.readable, found))
     return tuple(_activity(some, whole) for some, whole in rows)
 
 

@@ -206,7 +206,7 @@ def plots(record: Record) -> dict[str, Any]:
     axes.loglog(sizes, limit, ":", color=plotting.LIMIT, label=label)
     axes.set_xlabel("scores")
     axes.set_ylabel("time of a selection (ms)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
     return {"times": ("Time of a global selection by the number of scores", figure)}
 
 

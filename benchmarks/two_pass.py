@@ -204,7 +204,7 @@ def table(name: str, results: dict[str, Any], record: Record) -> str:
 
 def plots(record: Record) -> dict[str, Any]:
     """Return the picture of times by the predicted operations."""
-    figure, axes = plotting.figure(5.5)
+    figure, axes = plotting.figure(5.5, 5.0)
     axes.plot([1, 2], [1, 2], ":", color=plotting.LIMIT, label="limit: operations")
     for (name, results), color, marker in zip(record["results"].items(), plotting.COLORS, plotting.MARKERS):
         rows, sgd = table_rows(results), results["steps"]["SGD"]["ms"]
@@ -215,7 +215,7 @@ def plots(record: Record) -> dict[str, Any]:
             axes.plot(predicted, times, line, marker=marker, color=color, markerfacecolor=fill, label=label)
     axes.set_xlabel("predicted operations (SGD steps)")
     axes.set_ylabel("time (SGD steps)")
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return {"times": ("Time of a step by the fast road, by the operations predicted", figure)}
 
 

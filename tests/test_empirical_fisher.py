@@ -1,9 +1,12 @@
 """`empirical_fisher` against a loop over single examples."""
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_sharding import mesh_context
 
 from ssam_jax import empirical_fisher
 
@@ -141,3 +144,29 @@ def test_parameters_that_are_not_real_floats_are_refused_by_path(dtype):
     params = {"layer": {"w": jnp.ones(2, dtype)}, "ok": jnp.ones(2)}
     with pytest.raises(TypeError, match=r"params must hold real floating-point arrays.*'layer/w' is"):
         empirical_fisher(loss_fn, params, make_batch(), chunk_size=2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("data")], ids=["replicated", "sharded"])
+def test_a_batch_spread_over_devices_stays_there_and_scores_lie_with_the_parameters(kind, spec):
+    kernel = np.sin(np.arange(16 * 8, dtype=np.float32)).reshape(16, 8)
+    images, labels = np.cos(np.arange(64 * 16, dtype=np.float32) ** 2).reshape(64, 16), np.arange(64) % 8
+
+    def loss(params, example):
+        image, label = example
+        return -jax.nn.log_softmax(image @ params["kernel"])[label]
+
+    expected = empirical_fisher(loss, {"kernel": kernel}, (images, labels), chunk_size=16)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    params = {"kernel": jax.device_put(kernel, NamedSharding(mesh, spec))}
+    batch = jax.device_put((images, labels), NamedSharding(mesh, PartitionSpec("data")))
+    scores = jax.jit(lambda params, batch: empirical_fisher(loss, params, batch, chunk_size=16))
+    with mesh_context(mesh):
+        program = scores.lower(params, batch).compile()
+        found = program(params, batch)["kernel"]
+    np.testing.assert_allclose(found, expected["kernel"], rtol=1e-5)
+    assert found.sharding.is_equivalent_to(params["kernel"].sharding, 2)
+    moved = hlo.communicated(program.as_text())
+    assert moved, "nothing was spread"
+    if spec == PartitionSpec():
+        assert {name for name, _ in moved} == {"all-reduce"}  # of the scores

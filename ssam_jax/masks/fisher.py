@@ -158,24 +158,32 @@ def empirical_fisher(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     examples = _count_examples(batch)
+    chunks, rest = divmod(examples, chunk_size)
     per_example = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))
 
-    def add_chunk(total: Scores, start: Any, size: int) -> Scores:
-        chunk = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), batch)
-        squares = jax.tree.map(
-            lambda g: jnp.sum(jnp.square(trees.widened(g)), axis=0), per_example(params, chunk)
-        )
-        return jax.tree.map(jnp.add, total, squares)
+    def strided(x: jax.Array) -> jax.Array:
+        # A chunk has examples from all over the batch: of one spread over devices, each has its share of it.
+        return x[: chunks * chunk_size].reshape(chunk_size, chunks, *x.shape[1:])
 
-    total = jax.tree.map(lambda p: jnp.zeros_like(p, trees.wide_dtype(p)), params)
-    whole_chunks, rest = divmod(examples, chunk_size)
-    if whole_chunks:
-        total = jax.lax.fori_loop(
-            0, whole_chunks, lambda i, t: add_chunk(t, i * chunk_size, chunk_size), total
-        )
-    if rest:
-        total = add_chunk(total, examples - rest, rest)
-    return jax.tree.map(lambda t: t / examples, total)
+    def chunk_of(x: jax.Array, i: Any) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
+
+    def mean_square(params: Params, batch: chex.ArrayTree) -> Scores:
+        def add(total: Scores, chunk: Any) -> Scores:
+            grads = per_example(params, chunk)
+            return jax.tree.map(lambda t, g: t + jnp.sum(jnp.square(trees.widened(g)), axis=0), total, grads)
+
+        total = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), trees.wide_dtype(p)), params)
+        if chunks:
+            parts = jax.tree.map(strided, batch)
+            total = jax.lax.fori_loop(
+                0, chunks, lambda i, t: add(t, jax.tree.map(lambda x: chunk_of(x, i), parts)), total
+            )
+        if rest:
+            total = add(total, jax.tree.map(lambda x: x[examples - rest :], batch))
+        return jax.tree.map(lambda t: t / examples, total)
+
+    return shardings.computed_like(params, mean_square, batch)
 
 
 def _count_examples(batch: chex.ArrayTree) -> int:

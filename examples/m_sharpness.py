@@ -25,11 +25,6 @@ from tqdm import tqdm
 
 import ssam_jax
 
-if hasattr(jax, "shard_map"):
-    from jax import shard_map
-else:
-    from jax.experimental.shard_map import shard_map
-
 AXIS = "data"
 
 
@@ -184,7 +179,7 @@ def make_trainer(config: Config, method: Method, data: digits.Data, mesh: Mesh) 
     epochs = jax.vmap(epoch, in_axes=(axes, 0, None, None, 0), out_axes=(axes, 0))
     if method.per_device:
         specs = (everywhere, everywhere, everywhere, everywhere, by_example)
-        epochs = shard_map(epochs, mesh=mesh, in_specs=specs, out_specs=everywhere)
+        epochs = jax.shard_map(epochs, mesh=mesh, in_specs=specs, out_specs=everywhere)
     replicated = NamedSharding(mesh, everywhere)
     train_epoch = jax.jit(epochs, donate_argnums=0, out_shardings=replicated)
     start = jax.jit(jax.vmap(init, out_axes=axes), out_shardings=replicated)

@@ -225,16 +225,25 @@ def _shared_passes(
     def ascent(params: Params) -> tuple[Any, Gradients]:
         moving = active_pieces(params)
         value, vjp, aux = jax.vjp(lambda moving: suffix(moving, cut_graded, True), moving, has_aux=True)
-        (of_moving,) = vjp(jnp.ones_like(value))
+        (of_moving,) = vjp(_one_like(value))
         return loss.rebuild([value, *aux]), gradients(of_moving, [jnp.zeros_like(leaf) for leaf in fixed])
 
     def descent(params: Params) -> tuple[Any, Gradients]:
         value, vjp, aux = jax.vjp(suffix, active_pieces(params), cut_graded, has_aux=True)
-        of_moving, of_cut = vjp(jnp.ones_like(value))
+        of_moving, of_cut = vjp(_one_like(value))
         (of_fixed,) = prefix_vjp(of_cut)
         return loss.rebuild([value, *aux]), gradients(of_moving, of_fixed)
 
     return Passes(ascent, descent)
+
+
+def _one_like(value: jax.Array) -> jax.Array:
+    """Return 1 of the type of a loss, which in ``shard_map`` says over which axes the loss varies."""
+    one = jnp.ones_like(value)
+    of_value, of_one = (set(getattr(jax.typeof(x), "vma", ())) for x in (value, one))
+    missing = tuple(of_value - of_one)  # as in JAX 0.6, before ones_like knew
+    lax: Any = jax.lax
+    return lax.pvary(one, missing) if missing else one
 
 
 def _whole_passes(

@@ -6,7 +6,6 @@ import re
 import flax.linen as nn
 import jax
 import jax.ad_checkpoint
-import jax.experimental.shard_map
 import jax.numpy as jnp
 import masked_backward
 import numpy as np
@@ -16,8 +15,6 @@ from tiny import assert_close, assert_same
 
 import ssam_jax
 from ssam_jax import implicit, tracing, trees, weights
-
-shard_map = getattr(jax, "shard_map", None) or jax.experimental.shard_map.shard_map
 
 
 def implicit_grad(loss, masks, strict=True):
@@ -659,7 +656,7 @@ def looping(p, h):
 def sharded(p, h):
     mesh = jax.sharding.Mesh(jax.devices()[:1], "x")
     spec = jax.sharding.PartitionSpec()
-    return shard_map(jnp.matmul, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(h, p["w"])
+    return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(h, p["w"])
 
 
 def with_shardings(p, h):
@@ -779,7 +776,7 @@ def test_masks_are_gathered_with_sharded_parameters_inside_shard_map():
     def local(params, masks, x):
         return implicit_grad(loss, masks)(params, x)
 
-    grads = jax.jit(shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows))(params, masks, x)
+    grads = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows))(params, masks, x)
 
     def by_hand_loss(params):
         h = jnp.tanh(plain("bi,io->bo", x, params["w"], None))

@@ -15,7 +15,7 @@ import optax
 import pytest
 import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from m_sharpness import AXIS, Config, main, per_device_step, shard_map, synchronised_step, varying
+from m_sharpness import AXIS, Config, main, per_device_step, synchronised_step, varying
 
 import ssam_jax
 from ssam_jax import NM, Unstructured, dynamic_mask, fisher_mask, fixed_mask
@@ -65,7 +65,7 @@ def steps_of(step):
 def mapped(step, devices, batch_spec=IN_STEPS):
     """Return a step, or a scan of steps, mapped over devices, with the check of what is replicated on."""
     specs = {"in_specs": (EVERYWHERE, EVERYWHERE, batch_spec), "out_specs": EVERYWHERE}
-    return shard_map(step, mesh=mesh_of(devices), **specs)
+    return jax.shard_map(step, mesh=mesh_of(devices), **specs)
 
 
 @functools.cache
@@ -182,7 +182,7 @@ def test_an_undeclared_copy_would_synchronise_the_ascent_gradient_unasked():
         return jax.lax.pmean(own, AXIS), jax.grad(loss)(params, part)
 
     specs = {"in_specs": (EVERYWHERE, BY_EXAMPLE), "out_specs": EVERYWHERE}
-    mean, unasked = quick_jit(shard_map(gradients, mesh=mesh_of(4), **specs))(
+    mean, unasked = quick_jit(jax.shard_map(gradients, mesh=mesh_of(4), **specs))(
         jax.tree.map(jnp.array, PARAMS), BATCHES[0]
     )
     tiny.assert_close(unasked, jax.tree.map(lambda g: 4 * g, mean))

@@ -5,7 +5,6 @@ import operator
 
 import chex
 import jax
-import jax.experimental.shard_map
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -538,9 +537,8 @@ def test_it_works_in_shard_map_with_collectives_in_the_loss():
             value, grads, descent = passes(loss, params, params, active, images, labels)
             return value, jax.lax.pmean((grads, descent), "data")
 
-        shard_map = getattr(jax, "shard_map", None) or jax.experimental.shard_map.shard_map
         specs = {"mesh": mesh, "in_specs": (spec, spec), "out_specs": jax.sharding.PartitionSpec()}
-        return quick_jit(shard_map(local, **specs))(*BATCH)
+        return quick_jit(jax.shard_map(local, **specs))(*BATCH)
 
     assert_equal_to_rounding(run(fast_passes), run(two_plain_passes))
 

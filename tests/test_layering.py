@@ -33,7 +33,9 @@ LAYERS = [
     ["costs", "two_pass"],
     ["choosing"],
     [""],  # ssam_jax itself
-    ["linen", "nnx", "sharpness", "plotting"],
+    ["linen", "nnx", "sharpness.results"],
+    ["sharpness"],
+    ["plotting"],
 ]
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -50,10 +50,10 @@ def perturb(
       A tree of the structure, shapes, dtypes and shardings of ``params``.
     """
     grads = jax.tree.map(trees.widened, grads)
-    scale = trees.map_with_path(_asam_scale, params) if adaptive else None
+    scale = trees.map_with_path(asam_scale, params) if adaptive else None
     if scale is not None:
         grads = jax.tree.map(jnp.multiply, grads, scale)
-    masked = grads if mask is None else jax.tree.map(_apply_mask, mask, grads)
+    masked = grads if mask is None else jax.tree.map(apply_mask, mask, grads)
     norm = trees.global_norm(masked if normalize == "masked" else grads)
     usable = jnp.isfinite(norm) & (norm > 0)
     factor = jnp.asarray(rho, norm.dtype) / jnp.where(usable, norm, 1)
@@ -67,11 +67,12 @@ def perturb(
     return jax.tree.map(move, params, masked)
 
 
-def _apply_mask(mask: jax.Array, grad: jax.Array) -> jax.Array:
+def apply_mask(mask: jax.Array, grad: jax.Array) -> jax.Array:
+    """Return the entries where the mask is True, zeros elsewhere; a NaN that is masked away is gone."""
     return jnp.where(mask, grad, 0)
 
 
-def _asam_scale(path: str, param: jax.Array) -> jax.Array:
+def asam_scale(path: str, param: jax.Array) -> jax.Array:
     """Return T: ``|w| + eta``, and 1 for a bias."""
     if is_bias(path):
         return jnp.ones((), trees.wide_dtype(param))

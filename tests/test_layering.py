@@ -28,12 +28,14 @@ LAYERS = [
     ["transform"],
     ["alternating"],
     ["tracing"],
-    ["splitting", "weights", "losses"],
+    ["splitting", "weights", "losses", "convolutions"],
     ["products", "implicit", "knapsack"],
     ["costs", "two_pass"],
     ["choosing"],
     [""],  # ssam_jax itself
-    ["linen", "nnx", "sharpness.results"],
+    ["linen", "nnx", "sharpness.results", "sharpness.arguments", "sharpness.progress", "sharpness.vectors"],
+    ["sharpness.objective"],
+    ["sharpness.hessian", "sharpness.rises", "sharpness.surface"],
     ["sharpness"],
     ["plotting"],
 ]

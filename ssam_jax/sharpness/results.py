@@ -1,5 +1,6 @@
 """What the measures of sharpness return: arrays, and how to read them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,14 @@ class Estimate(NamedTuple):
     mean: jax.Array
     standard_error: jax.Array
     samples: jax.Array
+
+
+def estimate(samples: Sequence[jax.Array]) -> Estimate:
+    """Return the estimate of scalar samples."""
+    values = jnp.stack(samples)
+    n = values.size
+    error = jnp.std(values, ddof=1) / n**0.5 if n > 1 else jnp.full_like(values[0], jnp.nan)
+    return Estimate(jnp.mean(values), error, values)
 
 
 class WorstCase(NamedTuple):

@@ -1,0 +1,42 @@
+"""A progress bar for work that is partly compiled."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+try:
+    from tqdm.auto import tqdm
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "ssam_jax.sharpness needs tqdm: pip install 'ssam_jax[sharpness]'.", name=error.name
+    ) from None
+
+_bars: list[Any] = []
+
+
+@contextlib.contextmanager
+def bar(total: int, description: str, unit: str, show: bool) -> Iterator[Callable[[], Any]]:
+    """Show a bar on the first process, if at all; yield what moves it on by one.
+
+    Compiled programs that are run meanwhile move it with `tick`.
+    """
+    with tqdm(total=total, desc=description, unit=unit, disable=not show or jax.process_index() > 0) as shown:
+        _bars.append(shown)
+        try:
+            yield shown.update
+        finally:
+            if show:
+                jax.effects_barrier()
+            _bars.remove(shown)
+
+
+def tick() -> None:
+    """Move the bar on by one each time the compiled program that is being traced comes by here."""
+    jax.debug.callback(_move)
+
+
+def _move() -> None:
+    if _bars:
+        _bars[-1].update()

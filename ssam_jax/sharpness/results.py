@@ -103,8 +103,8 @@ class SpectralDensity(NamedTuple):
         if width is None:
             width = (jnp.max(self.nodes) - jnp.min(self.nodes)) / 100
         width = jnp.maximum(jnp.asarray(width, self.nodes.dtype), TINY)
-        bells = jax.scipy.stats.norm.pdf(grid[:, None, None], self.nodes, width)
-        return jnp.sum(bells * self.weights, axis=(1, 2)) / self.nodes.shape[0]
+        bells = jax.scipy.stats.norm.pdf(grid[:, None, None], self.nodes[None], width)
+        return jnp.sum(bells * self.weights[None], axis=(1, 2)) / self.nodes.shape[0]
 
 
 class LossLine(NamedTuple):

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 # Before JAX 0.7 these were experimental, under another name of the argument.
 _home: Any = jax.sharding if hasattr(jax.sharding, "auto_axes") else import_module("jax.experimental.shard")
 auto_axes, reshard = _home.auto_axes, _home.reshard
-_OUT = "out_sharding" if "out_sharding" in inspect.signature(auto_axes).parameters else "out_shardings"
+OUT = "out_sharding" if "out_sharding" in inspect.signature(auto_axes).parameters else "out_shardings"
 
 
 def explicit(x: Any) -> NamedSharding | None:
@@ -109,7 +109,7 @@ def computed_like(params: chex.ArrayTree, fn: Callable[..., Any], *args: Any) ->
     whole = NamedSharding(known.mesh, PartitionSpec())
 
     def run(out: Any) -> Callable[..., Any]:
-        return auto_axes(fn, axes=explicit_axes(known), **{_OUT: out})
+        return auto_axes(fn, axes=explicit_axes(known), **{OUT: out})
 
     shapes = jax.eval_shape(run(whole), *jax.tree.map(_without_sharding, (params, *args)))
     results, tree = jax.tree.flatten(shapes)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from ssam_jax.sharpness import objective as obj
 from ssam_jax.sharpness import progress as bars
@@ -46,8 +47,8 @@ def hessian_eigenpairs(
     """Return the k largest eigenvalues of the loss's Hessian, with their eigenvectors, by Lanczos' method.
 
     Largest means furthest to the right, not in size. Of an eigenvalue that occurs several times one
-    copy is sure to be found. Values far from the rest of the spectrum converge first; ``residuals`` says
-    how far they are.
+    copy is sure to be found, further ones may be. Values far from the rest of the spectrum converge first;
+    ``residuals`` says how far each is.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> scalar``, twice differentiable, in evaluation mode.
@@ -186,7 +187,12 @@ def _eigenpairs_program(
         values, residuals = (jnp.where(usable, x, jnp.nan) for x in (values, jnp.abs(coupling * vectors[-1])))
         return Eigenpairs(values, ritz, residuals)
 
-    return jax.jit(run)
+    def out(specs: Any) -> Any:
+        rows = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs)
+        whole: Any = PartitionSpec()
+        return Eigenpairs(whole, rows, whole)
+
+    return layout.compiled(run, out)
 
 
 @functools.lru_cache(maxsize=obj.PROGRAMS)
@@ -198,7 +204,7 @@ def _density_program(
         nodes, vectors = jnp.linalg.eigh(matrix)
         return nodes, jnp.square(vectors[0])  # Golub and Welsch
 
-    return jax.jit(run)
+    return layout.compiled(run, lambda _: (PartitionSpec(), PartitionSpec()))
 
 
 @functools.lru_cache(maxsize=obj.PROGRAMS)
@@ -209,7 +215,7 @@ def _trace_program(loss_fn: Callable[..., jax.Array], layout: Layout) -> Callabl
         product = _product(loss_fn, layout, params, batches, show=False)
         return integrand(product, layout.vector(obj.random_like(params, key, jax.random.rademacher)))
 
-    return jax.jit(run)
+    return layout.compiled(run, lambda _: PartitionSpec())
 
 
 def _product(

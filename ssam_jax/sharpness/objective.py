@@ -108,7 +108,7 @@ def _mean_over(fn: Callable[..., Any], batches: Any, *args: Any) -> Any:
     def add(total: Any, batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, ready(*args, batch)), None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *args, first))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(ready, *args, first))
     total, _ = jax.lax.scan(add, zeros, batches)
     return jax.tree.map(lambda t: t / count(batches), total)
 

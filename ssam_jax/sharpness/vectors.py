@@ -7,14 +7,13 @@ and angles, so that eigenvalues and traces are those of the tree.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ssam_jax import shardings
 from ssam_jax.typing import Params
@@ -66,10 +65,23 @@ class Layout:
         return PartitionSpec(self.mesh.axis_names)
 
     def _mapped(self, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        assert self.mesh is not None
-        return jax.shard_map(
-            fn, mesh=_automatic(self.mesh), in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
+        current = jax.sharding.get_abstract_mesh()  # set where axes are explicit
+        mesh = self.mesh if current.empty else None
+        return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def compiled(self, fn: Callable[..., Any], out: Callable[[Any], Any]) -> Callable[..., Any]:
+        """Return ``jit(fn)``, on a mesh with explicit axes computed with automatic ones, as matfree needs.
+
+        Args:
+          fn: a function of trees of arrays.
+          out: from a tree of the parameters' specs to the specs of what ``fn`` returns.
+        """
+        if self.mesh is None or not (axes := _explicit_axes(self.mesh)):
+            return jax.jit(fn)
+        specs = out(jax.tree.unflatten(self.tree, self.specs))
+        mesh = self.mesh
+        places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        return jax.jit(shardings.auto_axes(fn, axes=axes, **{shardings.OUT: places}))
 
     def _own_part(self, *blocks: jax.Array) -> jax.Array:
         """Return a device's part of the vector, from its block of each leaf."""
@@ -91,7 +103,7 @@ class Layout:
             size, copies = math.prod(mine), self._devices(holders)
             length = -(-size // copies)
             flat = part[start : start + length]
-            if copies > 1:
+            if copies > 1 and size:
                 flat = jax.lax.all_gather(flat, holders, tiled=True)[:size]
             blocks.append(flat.reshape(mine))
             start += length
@@ -125,12 +137,8 @@ def layout_of(params: Params) -> Layout:
     return layout if mesh.size == 1 else dataclasses.replace(layout, mesh=mesh, specs=specs)
 
 
-@functools.cache
-def _automatic(mesh: Mesh) -> Mesh:
-    """Return the mesh with automatic axes, which the programs here are compiled for."""
-    if set(mesh.axis_types or ()) <= {AxisType.Auto}:
-        return mesh
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+def _explicit_axes(mesh: Mesh) -> tuple[str, ...]:
+    return shardings.explicit_axes(NamedSharding(mesh, PartitionSpec()))
 
 
 def _axes(part: Any) -> tuple[str, ...]:

@@ -34,7 +34,17 @@ import ssam_jax
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-BENCHMARKS = ("memory", "selection", "step", "scaling", "devices", "two_pass", "implicit", "loading")
+BENCHMARKS = (
+    "memory",
+    "selection",
+    "step",
+    "scaling",
+    "devices",
+    "two_pass",
+    "implicit",
+    "curvature",
+    "loading",
+)
 
 Record = dict[str, Any]
 """A file of results: ``settings``, ``command``, ``date``, ``seconds``, ``seeds``, ``limits``, ``results``."""

@@ -95,13 +95,17 @@ def count(batches: Any) -> int:
 
 def batch(batches: Any, i: int) -> Any:
     """Return one of stacked batches, stacked alone."""
-    return jax.tree.map(lambda x: x[i : i + 1], batches)
+    return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, i, i + 1), batches)
+
+
+def _first(batches: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.index_in_dim(x, 0, keepdims=False), batches)
 
 
 def _mean_over(fn: Callable[..., Any], batches: Any, *args: Any) -> Any:
     """Return the mean of ``fn(*args, batch)``, one batch at a time; equal weight to each."""
     ready = convolutions.loop_ready(fn)
-    first = jax.tree.map(lambda x: x[0], batches)
+    first = _first(batches)
     if count(batches) == 1:
         return ready(*args, first)
 
@@ -144,7 +148,7 @@ def _place_of_stack(leaf: Any) -> NamedSharding | None:
 
 
 def _check_scalar(loss_fn: Callable[..., Any], params: Params, stacked: Any) -> None:
-    like = jax.eval_shape(loss_fn, params, jax.tree.map(lambda x: x[0], stacked))
+    like = jax.eval_shape(loss_fn, params, _first(stacked))
     if getattr(like, "shape", None) != () or not jnp.issubdtype(like.dtype, jnp.floating):
         raise TypeError(
             "loss_fn must return one real scalar, without aux, got"

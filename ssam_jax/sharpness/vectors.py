@@ -79,7 +79,7 @@ class Layout:
         if self.mesh is None or not (axes := _explicit_axes(self.mesh)):
             return jax.jit(fn)
         specs = out(jax.tree.unflatten(self.tree, self.specs))
-        mesh = self.mesh
+        mesh = self.mesh.abstract_mesh
         places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         return jax.jit(shardings.auto_axes(fn, axes=axes, **{shardings.OUT: places}))
 

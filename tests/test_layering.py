@@ -37,6 +37,8 @@ LAYERS = [
     ["sharpness.objective"],
     ["sharpness.hessian", "sharpness.rises", "sharpness.surface"],
     ["sharpness"],
+    ["plotting.drawing"],
+    ["plotting.losses", "plotting.spectra", "plotting.masks"],
     ["plotting"],
 ]
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,65 @@
+"""Spectra of Hessians."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from ssam_jax.plotting import drawing
+from ssam_jax.plotting.drawing import Axes, Figure
+from ssam_jax.sharpness.results import SpectralDensity
+
+GRID_POINTS = 1024
+REACH = 5  # widths to which a bell is drawn
+ROUNDING = 1e-6  # of float32: a width below this share of the largest eigenvalue would fall between numbers
+
+
+def plot_spectra(
+    spectra: Mapping[str, SpectralDensity], axes: Axes | None = None, *, width: float | None = None
+) -> Figure:
+    """Draw the densities of the Hessian's eigenvalues of several runs over one another.
+
+    The density's axis is logarithmic and ends a little below the bell of the largest eigenvalue, which is
+    one among all parameters.
+
+    Args:
+      spectra: what `ssam_jax.sharpness.spectral_density` returned, by the run's name.
+      axes: where to draw; None makes a figure.
+      width: standard deviation of the Gaussian that stands for a node, in all runs, in units of the
+        eigenvalues; None means a hundredth of the range of all nodes.
+
+    Returns:
+      The figure.
+
+    Raises:
+      TypeError: ``spectra`` is no mapping to `SpectralDensity`, or ``axes`` are no two-dimensional axes.
+      ValueError: ``spectra`` is empty, arrays differ in shape or are not finite, or ``width`` is not above 0.
+    """
+    drawing.check_mapping("spectra", spectra, SpectralDensity)
+    nodes = np.concatenate([_nodes(name, spectrum).ravel() for name, spectrum in spectra.items()])
+    if width is None:
+        width = max(float(np.ptp(nodes)) / 100, ROUNDING * float(np.abs(nodes).max())) or 1.0
+    if not 0 < width < np.inf:
+        raise ValueError(f"width must be finite and above 0, got {width}.")
+    axes = drawing.flat_axes(axes)
+    common = np.linspace(nodes.min() - REACH * width, nodes.max() + REACH * width, GRID_POINTS)
+    lowest = np.inf
+    for (name, spectrum), look in zip(spectra.items(), drawing.looks()):
+        own = np.asarray(spectrum.nodes).reshape(-1, 1) + width * np.linspace(-REACH, REACH, 21)
+        grid = np.sort(np.append(common, own))  # narrow bells are not missed
+        axes.plot(grid, np.asarray(spectrum.density(jnp.asarray(grid), width)), label=name, **look)
+        largest = spectrum.density(jnp.max(spectrum.nodes)[None], width)
+        lowest = min(lowest, float(largest[0]))
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=lowest / 3)
+    axes.set(xlabel="eigenvalue of the Hessian, loss / parameter²", ylabel="density, parameter² / loss")
+    return drawing.finished(axes, len(spectra))
+
+
+def _nodes(name: str, spectrum: SpectralDensity) -> np.ndarray:
+    """Return a spectrum's nodes, checked."""
+    nodes, weights = map(drawing.array, spectrum)
+    drawing.check_shape(f"spectra[{name!r}].weights", weights, nodes.shape)
+    if not (nodes.size and np.isfinite(nodes).all() and np.isfinite(weights).all()):
+        raise ValueError(f"spectra[{name!r}] must hold finite nodes and weights, got {spectrum}.")
+    return nodes

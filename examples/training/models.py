@@ -306,8 +306,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+@functools.cache
 def make_model(name: str, *, classes: int, stem: Stem, dtype: Any = jnp.float32) -> nn.Module:
     """Return a model, whose ``apply(variables, images, train=...)`` returns float32 logits.
+
+    The same arguments get the same object, so that what is compiled for one run serves others.
 
     Args:
       name: one of `MODELS`.

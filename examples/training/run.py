@@ -188,6 +188,34 @@ def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
     return at.state, tracker.rows
 
 
+def load(folder: pathlib.Path, data: pathlib.Path | None = None) -> tuple[Config, Any]:
+    """Return the settings of a run and the state in its last checkpoint, to be measured.
+
+    They are for one device, whatever the run had, and for computing in float32.
+
+    Args:
+      folder: the run's, the ``--out`` of train.py.
+      data: folder of the data set, if it is no longer where it was.
+
+    Raises:
+      FileNotFoundError: the data are not there.
+      ValueError: the folder holds no run, or one without a checkpoint.
+    """
+    path, checkpoints = folder / "config.json", folder / "checkpoints"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no run: there is no {path}.")
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
+    where = data or (settings["data"] and pathlib.Path(settings["data"]))
+    settings |= ROUNDING | {"out": folder, "data": where, "precision": "float32"}
+    config = Config(**settings)
+    _, programs = prepare(config)
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
+        if manager.latest_step() is None:
+            raise ValueError(f"{folder} holds no checkpoint yet.")
+        return config, _resume(manager, programs.init(config.seed), programs.no_totals()).state
+
+
 def _train_epoch(
     config: Config,
     feed: Feed,

@@ -50,7 +50,7 @@ class Config:
     out: pathlib.Path = pathlib.Path("outputs/landscape")
     """Folder for the pictures, the table and results.json."""
 
-    seeds: int = 3
+    seeds: int = 5
     """Runs of each method in the table; the first is drawn."""
     epochs: int = 100
     """Passes over the training examples."""

@@ -93,6 +93,11 @@ def test_lines_show_their_losses_and_differ_in_colour_and_style():
     assert all(a.get_linestyle() != b.get_linestyle() for a, b in itertools.pairwise(many))
 
 
+def test_a_line_goes_from_left_to_right_whatever_the_order_of_its_points():
+    [line] = plotting.plot_loss_along({"SGD": LossLine(X[::-1], X[::-1] ** 2)}).axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), np.stack([X, X**2], axis=1))
+
+
 def test_a_single_line_needs_no_legend():
     assert plotting.plot_loss_along({"SGD": LINES["SGD"]}).axes[0].get_legend() is None
 

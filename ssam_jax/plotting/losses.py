@@ -37,7 +37,8 @@ def plot_loss_along(lines: Mapping[str, LossLine], axes: Axes | None = None, *, 
         drawing.check_shape(f"lines[{name!r}].losses", line.losses, (np.size(line.offsets),))
     axes = drawing.flat_axes(axes)
     for (name, line), look in zip(lines.items(), drawing.looks()):
-        offsets, losses = drawing.array(line.offsets), drawing.array(line.losses)
+        order = np.argsort(line.offsets)
+        offsets, losses = drawing.array(line.offsets)[order], drawing.array(line.losses)[order]
         lost = ~np.isfinite(losses)
         axes.plot(offsets, np.where(lost, np.nan, losses), label=name, **look)
         if lost.any():

@@ -195,6 +195,13 @@ def test_a_spectrum_of_one_value_is_drawn():
     assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(1, rel=0.01)
 
 
+def test_a_node_without_weight_is_not_drawn():
+    padded = SpectralDensity(jnp.array([[-500.0, 0, 1, 900]]), jnp.array([[0, 0.5, 0.5, 0]]))
+    axes = plotting.plot_spectra({"padded": padded}).axes[0]
+    low, high = axes.get_xlim()
+    assert -0.2 < low < high < 1.2 and axes.get_ylim()[0] > 1
+
+
 def test_masks_are_rows_of_shares_between_the_steps():
     axes = draw("mask").axes[0]
     np.testing.assert_allclose(axes.collections[0].get_array(), 100 * np.array([*SHARES.values()]))

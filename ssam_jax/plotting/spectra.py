@@ -36,30 +36,31 @@ def plot_spectra(
       ValueError: ``spectra`` is empty, arrays differ in shape or are not finite, or ``width`` is not above 0.
     """
     drawing.check_mapping("spectra", spectra, SpectralDensity)
-    nodes = np.concatenate([_nodes(name, spectrum).ravel() for name, spectrum in spectra.items()])
+    weighed = {name: _nodes(name, spectrum) for name, spectrum in spectra.items()}
+    nodes = np.concatenate([*weighed.values()])
     if width is None:
         width = max(float(np.ptp(nodes)) / 100, ROUNDING * float(np.abs(nodes).max())) or 1.0
     if not 0 < width < np.inf:
         raise ValueError(f"width must be finite and above 0, got {width}.")
     axes = drawing.flat_axes(axes)
     common = np.linspace(nodes.min() - REACH * width, nodes.max() + REACH * width, GRID_POINTS)
-    lowest = np.inf
+    lowest, highest = np.inf, 0.0
     for (name, spectrum), look in zip(spectra.items(), drawing.looks()):
-        own = np.asarray(spectrum.nodes).reshape(-1, 1) + width * np.linspace(-REACH, REACH, 21)
+        own = weighed[name][:, None] + width * np.linspace(-REACH, REACH, 21)
         grid = np.sort(np.append(common, own))  # narrow bells are not missed
-        axes.plot(grid, np.asarray(spectrum.density(jnp.asarray(grid), width)), label=name, **look)
-        largest = spectrum.density(jnp.max(spectrum.nodes)[None], width)
-        lowest = min(lowest, float(largest[0]))
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=lowest / 3)
+        density = np.asarray(spectrum.density(jnp.asarray(grid), width))
+        axes.plot(grid, density, label=name, **look)
+        largest = spectrum.density(jnp.asarray(weighed[name].max())[None], width)
+        lowest, highest = min(lowest, float(largest[0])), max(highest, float(density.max()))
+    axes.set(yscale="log", ylim=(lowest / 3, highest * 3))
     axes.set(xlabel="eigenvalue of the Hessian, loss / parameter²", ylabel="density, parameter² / loss")
     return drawing.finished(axes, len(spectra))
 
 
 def _nodes(name: str, spectrum: SpectralDensity) -> np.ndarray:
-    """Return a spectrum's nodes, checked."""
+    """Return the nodes of a spectrum that stand for anything, checked."""
     nodes, weights = map(drawing.array, spectrum)
     drawing.check_shape(f"spectra[{name!r}].weights", weights, nodes.shape)
-    if not (nodes.size and np.isfinite(nodes).all() and np.isfinite(weights).all()):
+    if not (np.isfinite(nodes).all() and np.isfinite(weights).all() and (weights > 0).any()):
         raise ValueError(f"spectra[{name!r}] must hold finite nodes and weights, got {spectrum}.")
-    return nodes
+    return nodes[weights > 0]

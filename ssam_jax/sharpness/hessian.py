@@ -179,7 +179,8 @@ def _eigenpairs_program(
 ) -> Callable[..., Eigenpairs]:
     def run(params: Params, batches: Any, key: jax.Array) -> Eigenpairs:
         basis, matrix, found, coupling = _lanczos(loss_fn, layout, depth, show, params, batches, key)
-        values, vectors = jnp.linalg.eigh(matrix)
+        beyond = jnp.where(found, 0, 4 * jnp.max(jnp.abs(matrix)) + 1)  # to be below all eigenvalues
+        values, vectors = jnp.linalg.eigh(matrix - jnp.diag(beyond))
         values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
         basis = jnp.where(found[:, None], basis, 0)
         ritz = jax.vmap(layout.as_tree)(vectors.T @ basis)
@@ -241,7 +242,7 @@ def _lanczos(
     """Return basis, shape (depth, n), tridiagonal matrix, which rows were found, and the last coupling.
 
     Where the start vector reaches only a part of the space, to rounding, the rows beyond are noise or NaN in
-    what matfree returns; in the matrix they are set apart, below all other eigenvalues.
+    what matfree returns; in the matrix they are uncoupled, with the first diagonal entry.
     """
     product = _product(loss_fn, layout, params, batches, show=show)
     start = layout.vector(obj.random_like(params, key, jax.random.normal))
@@ -253,8 +254,6 @@ def _lanczos(
     # The first row counts in any case: if it is not finite, neither is the Hessian.
     found = jnp.cumprod(jnp.append(True, reached).astype(jnp.int32)).astype(bool)
     beside = jnp.where(found[1:], beside, 0)
-    reach = jnp.pad(beside, (0, 1)) + jnp.pad(beside, (1, 0))
-    lowest = jnp.min(jnp.where(found, diagonal - reach, jnp.inf))
-    diagonal = jnp.where(found, diagonal, lowest - 1)
+    diagonal = jnp.where(found, diagonal, diagonal[0])
     matrix = jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
     return basis, matrix, found, jnp.where(found[-1], jnp.linalg.norm(residual), 0)

@@ -11,7 +11,7 @@ from ssam_jax.typing import Params
 GRID_POINTS = 1024
 """Points of a grid over the whole spectrum."""
 
-TINY = 1e-30
+TINY = 1e-12
 """The least width of a grid or a bell: a spectrum of one value has a range of 0."""
 
 

@@ -10,7 +10,7 @@ from flax.training import train_state
 
 import ssam_jax
 from ssam_jax.active import Active
-from ssam_jax.losses import loss_and_aux
+from ssam_jax.checks import loss_and_aux
 from ssam_jax.typing import GradFn, Gradients, Mask, Params
 
 

@@ -12,7 +12,7 @@ from flax.nnx import filterlib
 import ssam_jax
 from ssam_jax import trees
 from ssam_jax.active import Active
-from ssam_jax.losses import loss_and_aux
+from ssam_jax.checks import loss_and_aux
 from ssam_jax.typing import Gradients, Mask, Params
 
 

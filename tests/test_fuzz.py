@@ -36,7 +36,8 @@ def containers(children):
     return st.one_of(lists, lists.map(tuple), st.dictionaries(names, children, max_size=3))
 
 
-TREES = st.recursive(st.one_of(leaves(), st.none()), containers, max_leaves=5)
+# A tree that is None as a whole stands for parameters that were not given.
+TREES = st.recursive(st.one_of(leaves(), st.none()), containers, max_leaves=5).filter(lambda x: x is not None)
 
 # Masks, and how many entries of a tree each perturbs at least and at most.
 

@@ -204,7 +204,7 @@ def load(folder: pathlib.Path, data: pathlib.Path | None = None) -> tuple[Config
 
     Raises:
       FileNotFoundError: the data are not there.
-      ValueError: the folder holds no run, or one without a checkpoint.
+      ValueError: the folder holds no run, or one without a checkpoint that can be read.
     """
     path, checkpoints = folder / "config.json", folder / "checkpoints"
     if not path.exists():

@@ -28,11 +28,14 @@ def main(arguments: list[str]) -> None:
         run.claim(config)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    with processes.all_or_none():
-        try:
-            _, rows = run.train(config)
-        except FloatingPointError as error:  # in all processes alike
-            sys.exit(f"error: {error}")
+    try:
+        with processes.all_or_none():
+            try:
+                _, rows = run.train(config)
+            except FloatingPointError as error:  # in all processes alike
+                sys.exit(f"error: {error}")
+    except run.CheckpointError as error:
+        sys.exit(f"error: {error}")
     if not processes.is_first():
         return
     print(report.table({config.out.name: [rows]}))

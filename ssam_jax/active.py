@@ -22,9 +22,19 @@ class FirstRow:
 
     Attributes:
       row: at least 1; a leaf that is perturbed from row 0 on is ``True``.
+
+    Raises:
+      TypeError: ``row`` is not an int.
+      ValueError: it is below 1.
     """
 
     row: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.row, bool) or not isinstance(self.row, int):
+            raise TypeError(f"row must be an int of at least 1, got {self.row!r}.")
+        if self.row < 1:
+            raise ValueError(f"row must be at least 1, or the entry True for all rows, got {self.row}.")
 
     def __index__(self) -> int:
         return self.row

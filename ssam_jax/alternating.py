@@ -7,10 +7,18 @@ import jax.numpy as jnp
 import optax
 
 from ssam_jax import shardings, trees
-from ssam_jax.masks.rules import MaskRule
+from ssam_jax.masks.rules import OTHER_STATE, MaskRule
 from ssam_jax.perturbation import Normalize, perturb
 from ssam_jax.state import SsamState
-from ssam_jax.transform import advance, check_options, check_update, init_state
+from ssam_jax.transform import (
+    advance,
+    check_options,
+    check_state,
+    check_update,
+    init_state,
+    mask_in,
+    radius_at,
+)
 from ssam_jax.typing import Gradients, Params, Scalar, Schedule
 
 
@@ -94,14 +102,14 @@ def alternating(
         updates: Gradients, state: AlternatingState, params: Params | None = None, **extra_args: Any
     ) -> tuple[Gradients, AlternatingState]:
         check_update(updates, params)
+        _check_state(state, params, mask)
         descend = state.phase == ascents
         anchor = trees.where(state.phase == 0, params, state.anchor)
-        radius = rho(state.ssam.step) if callable(rho) else rho
         perturbed = perturb(
             params,
             updates,
-            rho=radius,
-            mask=None if mask is None else state.ssam.mask_state.mask,
+            rho=radius_at(rho, state.ssam.step),
+            mask=None if mask is None else mask_in(state.ssam, params),
             normalize=normalize,
             adaptive=adaptive,
         )
@@ -124,3 +132,13 @@ def alternating(
         return jax.tree.map(move, params, perturbed, anchor, step), new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_state(state: Any, params: Params, mask: MaskRule | None) -> None:
+    if not isinstance(state, AlternatingState):
+        raise TypeError(
+            "state must be the AlternatingState that this alternating's init(params) returned, got"
+            f" {type(state).__name__}. A checkpoint is restored into tx.init(params)."
+        )
+    trees.check_same_shapes(state.anchor, params, "the anchor in the state", "params", OTHER_STATE)
+    check_state(state.ssam, params, mask)

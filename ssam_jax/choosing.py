@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ssam_jax import costs, knapsack, losses, products, splitting, tracing, trees
+from ssam_jax import checks, costs, knapsack, losses, products, splitting, tracing, trees
 from ssam_jax.active import Active, FirstRow, check_active
 from ssam_jax.typing import Params
 
@@ -174,6 +175,8 @@ def choose_active(
 
 
 def _trace(loss_fn: Callable[..., Any], params: Params, args: Sequence[Any]) -> tracing.Traced:
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (params, *args), got {loss_fn!r}.")
     trees.check_floating(params, "params")
 
     def pair(params: Params, *args: Any) -> tuple[Any, Any]:
@@ -228,6 +231,9 @@ def _check_budget(budget: Any) -> None:
 def _check_scores(path: str, leaf: Any) -> Any:
     if isinstance(leaf, jax.core.Tracer):
         raise TypeError(f"scores must be known, but the leaf {path!r} is traced: choose outside of jit.")
+    if not checks.is_kind(leaf, jnp.floating, jnp.integer, jnp.bool_):
+        found = checks.named(checks.kind(leaf))
+        raise TypeError(f"scores must hold real numbers, but the leaf {path!r} is {found}.")
     array = np.asarray(leaf).astype(np.float64)
     if not np.all(np.isfinite(array)) or np.any(array < 0):
         raise ValueError(f"scores must be finite and not negative, but the leaf {path!r} holds others.")

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
 import ssam_jax
 from ssam_jax.active import Active
-from ssam_jax.losses import loss_and_aux
+from ssam_jax.checks import check_choice, check_loss, loss_and_aux
 from ssam_jax.typing import GradFn, Gradients, Mask, Params
 
 
@@ -103,7 +104,13 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
 
         Returns:
           A function that raises TypeError if ``loss_fn`` returns no pair.
+
+        Raises:
+          TypeError: ``loss_fn`` is not callable, or ``dropout_key`` is no single key.
         """
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function of (apply, *args), got {loss_fn!r}.")
+        _check_dropout_key(self.dropout_key)
 
         def pure(params: Params, *args: Any) -> tuple[Any, tuple[Any, Any]]:
             batch_stats, calls = self.batch_stats, 0
@@ -123,6 +130,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
                 return output
 
             loss, aux = loss_and_aux(loss_fn(apply, *args))
+            check_loss(loss)
             return loss, (batch_stats, aux)
 
         return pure
@@ -150,11 +158,15 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
             two whole gradients.
 
         Raises:
-          TypeError: ``loss_fn`` returns no pair, or no real floating-point loss.
+          TypeError: ``loss_fn`` is not callable, returns no pair, or no real floating-point loss; ``shared``
+            is not a bool; or ``dropout_key`` is no single key.
           ValueError: ``active``, ``mask`` or ``form`` is given with ``shared=False``; or as
             `two_pass_value_and_grad` raises it.
         """
         loss = self.pure_loss(loss_fn)
+        if not isinstance(shared, bool):
+            raise TypeError(f"shared must be a bool, got {shared!r}.")
+        check_choice("form", form, ("explicit", "implicit"))
         grad_fn: GradFn
         if shared:
             two_pass = ssam_jax.two_pass_value_and_grad(loss, has_aux=True, form=form, strict=strict)
@@ -172,3 +184,12 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
             )
         batch_stats, aux = rest
         return Passes(value, aux, grads, grad_fn, batch_stats)
+
+
+def _check_dropout_key(key: Any) -> None:
+    """Raise TypeError unless ``key`` is None or one PRNG key, typed or of the old kind."""
+    dtype, rank = getattr(key, "dtype", None), len(getattr(key, "shape", ()))
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (key is None or (typed and rank == 0) or (dtype == jnp.uint32 and rank == 1)):
+        found = f"{dtype} of shape {key.shape}" if dtype is not None else repr(key)
+        raise TypeError(f"dropout_key must be None or one key, such as jax.random.key(seed), got {found}.")

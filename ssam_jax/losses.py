@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ssam_jax import tracing
+from ssam_jax.checks import check_loss, loss_and_aux
 from ssam_jax.typing import Params
 
 
@@ -57,21 +57,3 @@ _ARRAY = object()
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-
-
-def loss_and_aux(value: Any) -> tuple[Any, Any]:
-    """Return what a loss with aux returned, or raise unless it is a pair."""
-    if not isinstance(value, tuple) or len(value) != 2:
-        raise TypeError(f"loss_fn must return a pair (loss, aux), got {value!r}.")
-    return value
-
-
-def check_loss(value: Any) -> None:
-    """Raise unless ``value`` is a real floating-point scalar."""
-    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(
-            "loss_fn must return a real floating-point scalar (and aux with has_aux=True), got"
-            f" {value.dtype if hasattr(value, 'dtype') else value!r}."
-        )
-    if jnp.shape(value) != ():
-        raise ValueError(f"loss_fn must return a scalar, got an array of shape {jnp.shape(value)}.")

@@ -12,7 +12,7 @@ from flax.nnx import filterlib
 import ssam_jax
 from ssam_jax import trees
 from ssam_jax.active import Active
-from ssam_jax.losses import loss_and_aux
+from ssam_jax.checks import loss_and_aux
 from ssam_jax.typing import Gradients, Mask, Params
 
 
@@ -63,7 +63,7 @@ def two_pass_value_and_grad(
       ``loss_fn`` adds one.
 
     Raises:
-      TypeError: ``loss_fn`` is not callable, or ``has_aux`` or ``strict`` is not a bool.
+      TypeError: ``loss_fn`` is not callable, ``has_aux`` or ``strict`` is not a bool, or ``wrt`` no filter.
       ValueError: ``form`` is neither of the two.
 
     >>> import jax.numpy as jnp
@@ -74,7 +74,7 @@ def two_pass_value_and_grad(
     Array([3.], dtype=float32)
     """
     ssam_jax.two_pass_value_and_grad(loss_fn, has_aux=has_aux, form=form, strict=strict)  # checks them
-    selects = filterlib.to_predicate(wrt)
+    selects = _predicate(wrt)
 
     def of_model(path: tuple[Any, ...], variable: Any) -> bool:
         return path[0] == 0 and selects(path[1:], variable)
@@ -88,7 +88,10 @@ def two_pass_value_and_grad(
         nodes = (model, *args)
         graph, selected, state, arrays = split(nodes)
         if 0 not in selected:
-            raise ValueError(f"wrt={wrt!r} selects no variable of the model.")
+            raise ValueError(
+                f"wrt must select variables of the model, got {wrt!r}, which selects none of this"
+                f" {type(model).__name__}; for all parameters it is nnx.Param."
+            )
         params = selected[0]
         values = jax.tree.leaves(state)  # now: the variables themselves are updated below
 
@@ -147,9 +150,14 @@ def set_mask(optimizer: nnx.Optimizer, mask: Mask) -> None:
       mask: as for `ssam_jax.set_mask`, such as ``pattern(scores)``; boxed or plain arrays.
 
     Raises:
-      TypeError: a leaf of the mask is not bool.
+      TypeError: a leaf of the mask is not bool, or ``optimizer`` is no ``nnx.Optimizer``.
       ValueError: the mask does not fit the present one, or there is none to replace.
     """
+    if not hasattr(optimizer, "opt_state"):
+        raise TypeError(
+            f"optimizer must be an nnx.Optimizer, whose mask is replaced in place, got"
+            f" {type(optimizer).__name__}; for an optimizer's state there is ssam_jax.set_mask."
+        )
     boxes = jax.tree.leaves(optimizer.opt_state, is_leaf=_is_variable)
     state = jax.tree.map(_array, optimizer.opt_state, is_leaf=_is_variable)
     old = ssam_jax.get_mask(state)
@@ -157,6 +165,13 @@ def set_mask(optimizer: nnx.Optimizer, mask: Mask) -> None:
     new = ssam_jax.set_mask(state, _filled(old, mask) if fits else mask)
     for box, array in zip(boxes, jax.tree.leaves(new)):
         nnx.update(box, array)
+
+
+def _predicate(wrt: filterlib.Filter) -> Callable[..., bool]:
+    try:
+        return filterlib.to_predicate(wrt)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"wrt must be one of Flax's filters, such as nnx.Param, got {wrt!r}.") from error
 
 
 def _check_same_variables(new: Any, old: Any) -> None:
@@ -173,7 +188,14 @@ def _filled(like: Any, tree: Any) -> Any:
 
     Transformations see plain arrays or boxes of Flax's, by its version; their order is the same.
     """
-    return jax.tree.unflatten(jax.tree.structure(like), _arrays(tree))
+    structure: Any = jax.tree.structure(like)
+    arrays = _arrays(tree)
+    if len(arrays) != structure.num_leaves:
+        raise ValueError(
+            f"a tree of arrays must have the {structure.num_leaves} leaves of the selected variables, got one"
+            f" of {len(arrays)}: {jax.tree.structure(tree)}."
+        )
+    return jax.tree.unflatten(structure, arrays)
 
 
 def _arrays(tree: Any) -> list[Any]:

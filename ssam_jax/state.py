@@ -11,7 +11,7 @@ import numpy as np
 from ssam_jax import shardings, trees
 from ssam_jax.active import Active, FirstRow
 from ssam_jax.masks import packing
-from ssam_jax.masks.rules import mask_churn
+from ssam_jax.masks.rules import check_bools, mask_churn
 from ssam_jax.typing import Mask
 
 
@@ -105,6 +105,7 @@ def active_leaves(opt_state: chex.ArrayTree) -> Active:
       opt_state: as for `get_mask`.
 
     Raises:
+      TypeError: ``opt_state`` holds shapes in place of arrays.
       ValueError: called under ``jit``, or there is no `ssam` in ``opt_state``, or more than one.
     """
     state = _find_single(opt_state, "active_leaves")
@@ -140,6 +141,7 @@ def mask_stats(opt_state: chex.ArrayTree) -> MaskStats:
       opt_state: as for `get_mask`.
 
     Raises:
+      TypeError: ``opt_state`` holds shapes in place of arrays.
       ValueError: there is no `ssam` in ``opt_state``, or more than one.
     """
     state = _find_single(opt_state, "mask_stats")
@@ -152,8 +154,11 @@ def mask_stats(opt_state: chex.ArrayTree) -> MaskStats:
     return MaskStats(
         density=kept / jnp.maximum(total, 1),
         by_leaf=dict(zip(trees.leaf_paths(mask), shares)),
-        churn=getattr(state.mask_state, "churn", jnp.float32(jnp.nan)),
+        churn=getattr(state.mask_state, "churn", _UNKNOWN),
     )
+
+
+_UNKNOWN: Any = np.float32(np.nan)  # NumPy's, which jax_debug_nans lets pass
 
 
 def _density(leaf: jax.Array) -> jax.Array:
@@ -169,14 +174,26 @@ def _find(opt_state: chex.ArrayTree) -> SsamState:
     if len(found) != 1:
         raise ValueError(
             f"opt_state must hold the state of exactly one ssam or alternating, found {len(found)}"
-            f" in a {type(opt_state).__name__}."
+            f" in a {type(opt_state).__name__}. It is what tx.init(params) returns; restore a checkpoint into"
+            " that, since without it Orbax and Flax return plain dicts and lists."
         )
-    return found[0]
+    [state] = found
+    if state.mask_state is not None and not hasattr(state.mask_state, "mask"):
+        raise ValueError(
+            "the SsamState in opt_state must hold the state of a mask rule, with a mask, got a"
+            f" {type(state.mask_state).__name__}: restore a checkpoint into tx.init(params)."
+        )
+    return state
 
 
 def _find_single(opt_state: chex.ArrayTree, caller: str) -> SsamState:
     """Return the `SsamState`, or raise if it holds several runs."""
     state = _find(opt_state)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
+        raise TypeError(
+            f"{caller} reads arrays, but opt_state holds shapes alone (jax.ShapeDtypeStruct): call it on"
+            " tx.init(params), not on jax.eval_shape(tx.init, params)."
+        )
     if jnp.ndim(state.leaf_sizes) != 1:
         raise ValueError(
             f"{caller} reads the state of one run, but this one has the leading axes of vmap,"
@@ -188,10 +205,9 @@ def _find_single(opt_state: chex.ArrayTree, caller: str) -> SsamState:
 def _fitted(mask: Any, like: Mask) -> Mask:
     """Return ``mask`` with the shapes of ``like``."""
     trees.check_same_structure(mask, like, "mask", "the present mask")
+    check_bools(mask, "mask")
 
     def fit(path: str, new: Any, old: jax.Array) -> jax.Array:
-        if jnp.result_type(new) != jnp.bool_:
-            raise TypeError(f"mask must be bool, but its leaf {path!r} is {jnp.result_type(new)}.")
         try:
             return shardings.alike(jnp.broadcast_to(new, old.shape), old)
         except ValueError:

@@ -1,6 +1,5 @@
 """`ssam`: gradient at ``w`` in, gradient at the sharpest nearby point out."""
 
-import numbers
 from typing import Any, Literal
 
 import jax
@@ -8,13 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssam_jax import shardings, trees
-from ssam_jax.masks.rules import MaskRule, check_mask
+from ssam_jax import checks, shardings, trees
+from ssam_jax.masks.rules import OTHER_STATE, MaskRule, check_mask
 from ssam_jax.perturbation import Normalize, perturb
 from ssam_jax.state import SsamState
 from ssam_jax.typing import GradFn, Gradients, Mask, Params, Scalar, Schedule
 
 _MISSING: Any = object()
+
+LARGEST_RADIUS = float(np.finfo(np.float32).max)
+"""The largest that is finite in the dtype of norms."""
+
+ALONE = "Both must be the gradient alone, without loss or aux."
+"""What to do about gradients that are no gradients."""
 
 
 def ssam(
@@ -66,11 +71,14 @@ def ssam(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a `SsamState`. Its ``update`` raises
 
-      - TypeError if ``grad_fn`` is missing;
-      - ValueError if ``params`` is missing, if ``grad_fn`` returns a tree of another structure or of
-        other shapes than the gradient, if it is inside ``optax.masked``, or if ``grad_fn`` comes from a
-        `two_pass_value_and_grad` of the other form, or of active leaves without
-        ``normalize="masked"``.
+      - TypeError if ``grad_fn`` is missing or does not take ``(params, i)``, if a gradient or a parameter is
+        no real float, if ``state`` is not that of this `ssam`, if a schedule returns no real scalar, or if
+        the mask rule changes the dtypes of its state;
+      - ValueError if ``params`` is missing, if ``state`` is that of other parameters, if a schedule returns a
+        radius that is known and out of range, if the mask rule changes the shapes of its state, if
+        ``grad_fn`` returns a tree of another structure or of other shapes than the gradient, if it is
+        inside ``optax.masked``, or if ``grad_fn`` comes from a `two_pass_value_and_grad` of the other form,
+        or of active leaves without ``normalize="masked"``.
 
     Raises:
       TypeError: an argument is of the wrong kind.
@@ -89,8 +97,7 @@ def ssam(
     Array([-1.53, -2.04], dtype=float32)
     """
     check_options(rho, mask, normalize=normalize, adaptive=adaptive, ascent_steps=ascent_steps)
-    if form not in ("explicit", "implicit"):
-        raise ValueError(f"form must be 'explicit' or 'implicit', got {form!r}.")
+    checks.check_choice("form", form, ("explicit", "implicit"))
     if form == "implicit" and mask is None:
         raise ValueError("form='implicit' needs a mask rule, such as mask=fixed_mask(tree); got mask=None.")
     if not isinstance(skip_zero_rho, bool):
@@ -105,7 +112,7 @@ def ssam(
         for i in range(last + 1):
             point = perturb(point, grads, rho=radius, mask=mask, normalize=normalize, adaptive=adaptive)
             grads = (grad_fn if i == last else getattr(grad_fn, "ascent", grad_fn))(point, i)
-            trees.check_same_shapes(grads, updates, "what grad_fn returns", "the gradient")
+            _check_gradient(grads, updates, "what grad_fn returns", "the gradient", ALONE)
         return grads
 
     def gradient_here(updates: Gradients, params: Params, grad_fn: GradFn) -> Gradients:
@@ -125,6 +132,7 @@ def ssam(
         **extra_args: Any,
     ) -> tuple[Gradients, SsamState]:
         check_update(updates, params)
+        check_state(state, params, mask)
         if grad_fn is _MISSING and not never:
             raise TypeError(
                 "ssam needs a gradient function: tx.update(grads, state, params, grad_fn=grad_fn) with"
@@ -135,9 +143,9 @@ def ssam(
             descent = updates
         else:
             check_grad_fn(grad_fn, form=form, normalize=normalize)
-            radius = rho(state.step) if callable(rho) else rho
+            radius = radius_at(rho, state.step)
             masked = mask is not None and form == "explicit"
-            args = (updates, params, state.mask_state.mask if masked else None, grad_fn, radius)
+            args = (updates, params, mask_in(state, params) if masked else None, grad_fn, radius)
             if never:
                 descent = gradient_here(updates, params, grad_fn)
             elif skip_zero_rho and not is_static(radius):
@@ -159,8 +167,9 @@ def init_state(params: Params, mask: MaskRule | None) -> SsamState:
     trees.check_floating(params, "params")
     sizes = [float(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(params)]
     mask_state = None if mask is None else mask.init(params)
-    if mask_state is not None:
-        check_mask(jax.eval_shape(lambda: mask_state.mask), params)
+    if mask is not None:
+        _check_has_mask(mask_state, "mask.init(params)")
+        check_mask(jax.eval_shape(lambda state: state.mask, mask_state), params)
     state = SsamState(jnp.zeros((), jnp.int32), jnp.array(sizes, jnp.float32), mask_state)
     return shardings.beside(state, params)
 
@@ -179,29 +188,24 @@ def advance(
         mask_state = mask.update(
             state.mask_state, params, ascent_grads, descent_grads, state.step, **extra_args
         )
+        name, old = "what mask.update returns", state.mask_state
+        trees.check_same_shapes(mask_state, old, name, "the state it was given")
+        trees.check_same_dtypes(mask_state, old, name, "the state it was given")
     return state._replace(step=optax.safe_increment(state.step), mask_state=mask_state)
 
 
 def check_options(rho: Any, mask: Any, *, normalize: Any, adaptive: Any, ascent_steps: Any) -> None:
     """Raise, naming the argument, unless the options that `ssam` and `alternating` share are valid."""
-    if is_static(rho):
-        if not (np.isfinite(rho) and rho >= 0):
-            raise ValueError(f"rho must be finite and at least 0, got {rho!r}.")
-    elif not callable(rho) and (
-        not hasattr(rho, "dtype")
-        or not jnp.issubdtype(rho.dtype, jnp.number)
-        or jnp.issubdtype(rho.dtype, jnp.complexfloating)
-    ):
-        raise TypeError(f"rho must be a float, a scalar array or an optax schedule, got {rho!r}.")
-    elif not callable(rho) and jnp.shape(rho) != ():
-        raise ValueError(f"rho must be a scalar, got an array of shape {jnp.shape(rho)}.")
-    if mask is not None and not isinstance(mask, MaskRule):
+    if callable(rho):
+        checks.check_takes("rho", rho, "step")
+    else:
+        check_radius(rho, "rho", "a float, a scalar array or an optax schedule")
+    if mask is not None and not (isinstance(mask, MaskRule) and all(map(callable, mask))):
         raise TypeError(
             "mask must be None or a MaskRule such as fisher_mask(pattern, refresh_every=100) or"
             f" fixed_mask(tree), got {mask!r}."
         )
-    if normalize not in ("global", "masked"):
-        raise ValueError(f"normalize must be 'global' or 'masked', got {normalize!r}.")
+    checks.check_choice("normalize", normalize, ("global", "masked"))
     if not isinstance(adaptive, bool):
         raise TypeError(f"adaptive must be a bool, got {adaptive!r}.")
     if ascent_steps is None:
@@ -221,11 +225,82 @@ def check_update(updates: Gradients, params: Params | None) -> None:
     if params is None:
         raise ValueError("ssam needs the parameters: call tx.update(grads, state, params, grad_fn=grad_fn).")
     trees.check_not_partial(params)
-    trees.check_same_shapes(updates, params, "the gradient", "params")
+    trees.check_floating(params, "params")
+    _check_gradient(updates, params, "the gradient", "params", ALONE)
+
+
+def _check_gradient(grads: Gradients, like: Any, name: str, like_name: str, remedy: str) -> None:
+    trees.check_same_shapes(grads, like, name, like_name, remedy)
+    trees.check_floating(grads, name, "take it with jax.grad of a real loss of real parameters")
+
+
+def check_state(state: Any, params: Params, mask: MaskRule | None) -> None:
+    """Raise unless ``state`` may be one that `init_state` made for these parameters and this kind of rule."""
+    if not isinstance(state, SsamState):
+        raise TypeError(
+            f"state must be the SsamState that this ssam's init(params) returned, got {type(state).__name__}."
+            " That of a whole chain goes to the chain's update; and a checkpoint is restored into"
+            " tx.init(params), since without it Orbax and Flax return plain dicts and lists."
+        )
+    leaves = len(jax.tree.leaves(params))
+    shape = getattr(state.leaf_sizes, "shape", None)
+    if shape != (leaves,):
+        raise ValueError(
+            f"state must be that of these parameters, of {leaves} leaves, got one whose leaf_sizes have the"
+            f" shape {shape}. {OTHER_STATE}"
+        )
+    if mask is None and state.mask_state is not None:
+        raise TypeError(
+            "this ssam is dense (mask=None), but state holds a mask rule's"
+            f" {type(state.mask_state).__name__}. {OTHER_STATE}"
+        )
+    if mask is not None:
+        _check_has_mask(state.mask_state, "tx.init(params) of this ssam with a mask")
+
+
+def _check_has_mask(mask_state: Any, source: str) -> None:
+    odd = [x for x in jax.tree.leaves(mask_state) if not checks.is_kind(x, jnp.generic)]
+    if not hasattr(mask_state, "mask") or odd:
+        found = f"{mask_state!r:.80}" if mask_state is None or not odd else f"one with the leaf {odd[0]!r}"
+        raise TypeError(
+            f"{source} must give a mask rule's state, a NamedTuple of arrays with a field mask (see"
+            f" MaskRule), got {found}."
+        )
+
+
+def mask_in(state: SsamState, params: Params) -> Mask:
+    """Return the mask in a state, or raise unless it fits the parameters."""
+    mask = state.mask_state.mask
+    check_mask(mask, params, OTHER_STATE)
+    return mask
+
+
+def radius_at(rho: Scalar | Schedule, step: jax.Array) -> Scalar:
+    """Return rho, or what it is at a step; raise unless it is a radius, if its value is known."""
+    if not callable(rho):
+        return rho
+    radius = rho(step)
+    check_radius(radius, "what the schedule rho returns", "a float or a scalar array")
+    return radius
+
+
+def check_radius(rho: Any, name: str, kinds: str) -> None:
+    """Raise unless ``rho`` is a real scalar; and finite and not negative, if it is known."""
+    array = hasattr(rho, "dtype") and checks.is_kind(rho, jnp.floating, jnp.integer)
+    if not (is_static(rho) or array):
+        raise TypeError(f"{name} must be {kinds}, got {rho!r}.")
+    if jnp.shape(rho) != ():
+        raise ValueError(f"{name} must be a scalar, got an array of shape {jnp.shape(rho)}.")
+    known = rho
+    if isinstance(rho, jax.Array):
+        known = 0 if isinstance(rho, jax.core.Tracer) or not rho.is_fully_addressable else jax.device_get(rho)
+    if not 0 <= known <= LARGEST_RADIUS:
+        raise ValueError(f"{name} must be finite and at least 0, got {rho!r}.")
 
 
 def check_grad_fn(grad_fn: Any, *, form: str, normalize: str) -> None:
-    """Raise unless the gradient that ``grad_fn`` came with is of the form that `ssam` expects."""
+    """Raise unless ``grad_fn`` takes two arguments, and its gradient is of the form that `ssam` expects."""
+    checks.check_takes("grad_fn", grad_fn, "params", "i")
     given = getattr(grad_fn, "form", "explicit")
     if given != form:
         raise ValueError(
@@ -243,8 +318,8 @@ def check_grad_fn(grad_fn: Any, *, form: str, normalize: str) -> None:
 def is_static(rho: Any) -> bool:
     """Whether ``rho`` is a number of Python's or NumPy's, whose value is known while tracing."""
     if isinstance(rho, np.ndarray):
-        return rho.ndim == 0 and np.issubdtype(rho.dtype, np.number)
-    return isinstance(rho, numbers.Real) and not isinstance(rho, bool)
+        return rho.ndim == 0 and checks.is_kind(rho, jnp.floating, jnp.integer)
+    return isinstance(rho, int | float | np.integer | np.floating) and not isinstance(rho, bool)
 
 
 def _cast_like(tree: Gradients, like: Gradients) -> Gradients:

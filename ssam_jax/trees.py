@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
+from ssam_jax import checks
+
 
 def leaf_paths(tree: chex.ArrayTree) -> list[str]:
     """Return the path of each leaf, such as ``"params/Dense_0/kernel"``, in flattening order."""
@@ -30,15 +32,17 @@ def map_with_path(fn: Callable[..., Any], tree: chex.ArrayTree, *rest: chex.Arra
     return jax.tree_util.tree_map_with_path(lambda p, *leaves: fn(path_name(p), *leaves), tree, *rest)
 
 
-def check_floating(tree: chex.ArrayTree, name: str) -> None:
+SPLIT = "split the other leaves off first, for instance with equinox.partition or nnx.split"
+"""What to do about parameters that are no real floats."""
+
+
+def check_floating(tree: chex.ArrayTree, name: str, remedy: str = SPLIT) -> None:
     """Raise TypeError, naming the leaf, unless every leaf is a real floating-point array."""
     for path, leaf in tree_flatten_with_path(tree)[0]:
-        dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not checks.is_kind(leaf, jnp.floating):
             raise TypeError(
                 f"{name} must hold real floating-point arrays, but the leaf {path_name(path)!r} is"
-                f" {dtype}; split the other leaves off first, for instance with equinox.partition"
-                " or nnx.split."
+                f" {checks.named(checks.kind(leaf))}; {remedy}."
             )
 
 
@@ -54,24 +58,36 @@ def check_not_partial(tree: chex.ArrayTree) -> None:
         )
 
 
-def check_same_structure(tree: Any, like: Any, name: str, like_name: str) -> None:
-    """Raise ValueError unless both trees have one structure."""
+def check_same_structure(tree: Any, like: Any, name: str, like_name: str, remedy: str = "") -> None:
+    """Raise ValueError, ending in a remedy if one is given, unless both trees have one structure."""
     structure: Any = jax.tree.structure(tree)
     expected: Any = jax.tree.structure(like)
     if structure != expected:
         raise ValueError(
             f"{name} must have the tree structure of {like_name}: expected {expected}, got {structure}."
+            f"{remedy and ' '}{remedy}"
         )
 
 
-def check_same_shapes(tree: chex.ArrayTree, like: chex.ArrayTree, name: str, like_name: str) -> None:
+def check_same_shapes(tree: Any, like: Any, name: str, like_name: str, remedy: str = "") -> None:
     """Raise ValueError, naming the first leaf that differs, unless structure and shapes agree."""
-    check_same_structure(tree, like, name, like_name)
+    check_same_structure(tree, like, name, like_name, remedy)
     for path, leaf, other in zip(leaf_paths(like), jax.tree.leaves(tree), jax.tree.leaves(like)):
         if jnp.shape(leaf) != jnp.shape(other):
             raise ValueError(
                 f"{name} must have the shapes of {like_name}: the leaf {path!r} should be"
-                f" {jnp.shape(other)}, got {jnp.shape(leaf)}."
+                f" {jnp.shape(other)}, got {jnp.shape(leaf)}.{remedy and ' '}{remedy}"
+            )
+
+
+def check_same_dtypes(tree: chex.ArrayTree, like: chex.ArrayTree, name: str, like_name: str) -> None:
+    """Raise TypeError, naming the first leaf that differs, unless trees of one structure agree in dtypes."""
+    for path, leaf, other in zip(leaf_paths(like), jax.tree.leaves(tree), jax.tree.leaves(like)):
+        found, expected = checks.kind(leaf), checks.kind(other)
+        if found != expected:
+            raise TypeError(
+                f"{name} must have the dtypes of {like_name}: the leaf {path!r} should be"
+                f" {checks.named(expected)}, got {checks.named(found)}."
             )
 
 

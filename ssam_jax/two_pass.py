@@ -12,6 +12,7 @@ import numpy as np
 
 from ssam_jax import shardings, splitting, tracing, trees
 from ssam_jax.active import Active, FirstRow, check_active, check_entry, entries
+from ssam_jax.checks import check_choice
 from ssam_jax.implicit import masked_evaluate
 from ssam_jax.losses import TracedLoss, trace_loss
 from ssam_jax.typing import Gradients, Mask, Params
@@ -123,8 +124,7 @@ def two_pass_value_and_grad(
     for name, option in (("has_aux", has_aux), ("strict", strict)):
         if not isinstance(option, bool):
             raise TypeError(f"{name} must be a bool, got {option!r}.")
-    if form not in ("explicit", "implicit"):
-        raise ValueError(f"form must be 'explicit' or 'implicit', got {form!r}.")
+    check_choice("form", form, ("explicit", "implicit"))
 
     def two_pass(
         params: Params, *args: Any, active: Active | None = None, mask: Mask | Active | None = None
@@ -215,6 +215,7 @@ def _shared_passes(
 
     def active_pieces(point: Params) -> list[Any]:
         trees.check_same_shapes(point, params, "the argument of grad_fn", "params")
+        trees.check_same_dtypes(point, params, "the argument of grad_fn", "params")
         leaves = jax.tree.leaves(point)
         return [cut.of(leaves[cut.leaf]) for cut in cuts if cut.active]
 

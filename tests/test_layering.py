@@ -16,6 +16,7 @@ ROOT = pathlib.Path(ssam_jax.__file__).parent
 # A module may import from modules of a lower layer only.
 LAYERS = [
     ["typing"],
+    ["checks"],
     ["trees"],
     ["active", "shardings"],
     ["masks"],

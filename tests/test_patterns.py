@@ -391,8 +391,8 @@ def test_a_sparsity_that_is_no_number_is_refused(sparsity):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"unit": "row"}, "unit must be one of 'tensor', 'channel', 'block', got 'row'"),
-        ({"indivisible": "pad"}, "indivisible must be one of 'error', 'whole', got 'pad'"),
+        ({"unit": "row"}, "unit must be 'tensor', 'channel' or 'block', got 'row'"),
+        ({"indivisible": "pad"}, "indivisible must be 'error' or 'whole', got 'pad'"),
         ({"axis": 0}, "axis must be None when unit is 'tensor', got 0"),
         ({"block": 2}, "block must be given when unit is 'block', and only then, got 2"),
         ({"unit": "block"}, "block must be given when unit is 'block', and only then, got None"),
@@ -411,7 +411,7 @@ def test_structured_refuses_arguments_that_make_no_sense(arguments, message):
 
 
 def test_unstructured_refuses_an_unknown_scope():
-    with pytest.raises(ValueError, match="scope must be one of 'global', 'leaf', got 'tree'"):
+    with pytest.raises(ValueError, match="scope must be 'global' or 'leaf', got 'tree'"):
         Unstructured(0.5, "tree")
 
 
@@ -430,7 +430,7 @@ def test_n_of_m_refuses_what_is_no_integer(arguments, name):
 
 
 def test_n_of_m_refuses_an_unknown_treatment_of_misfits():
-    with pytest.raises(ValueError, match="indivisible must be one of 'error', 'whole', got 'pad'"):
+    with pytest.raises(ValueError, match="indivisible must be 'error' or 'whole', got 'pad'"):
         NM(2, 4, indivisible="pad")
 
 

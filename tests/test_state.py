@@ -98,7 +98,8 @@ def test_churn_of_a_renewal_is_counted_in_the_loop():
 
 def test_churn_is_nan_for_a_rule_that_does_not_keep_it():
     tx = chain(ssam_jax.MaskRule(lambda params: Bare(ALL), lambda state, *args, **extra: state))
-    stats = ssam_jax.mask_stats(tx.init(PARAMS))
+    with jax.debug_nans(True):
+        stats = ssam_jax.mask_stats(tx.init(PARAMS))
     assert np.isnan(float(stats.churn))
     assert float(ssam_jax.mask_stats(ssam_jax.set_mask(tx.init(PARAMS), FULL)).density) == pytest.approx(0.4)
 

@@ -42,6 +42,10 @@ BESIDE = {  # what does not change the course of a run
 ROUNDING = {"devices": 1, "fsdp": False}  # what changes it by rounding alone
 
 
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or is not one of this run."""
+
+
 class Position(NamedTuple):
     """How far a run has come: what a checkpoint holds.
 
@@ -157,6 +161,7 @@ def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
     writes what its devices hold.
 
     Raises:
+      CheckpointError: the last checkpoint cannot be read.
       FloatingPointError: the training loss is not finite.
       FileNotFoundError, ValueError: as `prepare` and `claim`.
     """
@@ -199,7 +204,7 @@ def load(folder: pathlib.Path, data: pathlib.Path | None = None) -> tuple[Config
 
     Raises:
       FileNotFoundError: the data are not there.
-      ValueError: the folder holds no run, or one without a checkpoint.
+      ValueError: the folder holds no run, or one without a checkpoint that can be read.
     """
     path, checkpoints = folder / "config.json", folder / "checkpoints"
     if not path.exists():
@@ -309,4 +314,12 @@ def _resume(manager: ocp.CheckpointManager, state: Any, totals: Totals) -> Posit
     if step is None:
         return Position(0, state, totals)
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"state": state, "totals": totals})
-    return Position(step, **manager.restore(step, args=ocp.args.StandardRestore(like)))
+    try:
+        return Position(step, **manager.restore(step, args=ocp.args.StandardRestore(like)))
+    except Exception as error:  # Orbax raises whatever it met, a plain Exception for a truncated file
+        first = str(error).strip().partition("\n")[0][:200]
+        raise CheckpointError(
+            f"{manager.directory / str(step)} cannot be read as a checkpoint of this run: it is damaged or"
+            f" another run's ({type(error).__name__}: {first}). Delete it to go on from the one before, if"
+            " there is one, or name another --out."
+        ) from error

@@ -7,12 +7,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ssam_jax import shardings
+from ssam_jax import checks, shardings
 from ssam_jax.masks import packing, selection
 from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern
 from ssam_jax.masks.rules import (
     MaskRule,
     as_key,
+    check_mask_state,
     check_packed,
     check_pattern,
     check_refresh_every,
@@ -72,8 +73,8 @@ def dynamic_mask(
       pattern: `Unstructured`, traded over the whole tree or within each leaf by its scope; or
         `Structured` by channel or block, whose units are traded within each leaf.
       refresh_every: trade at the end of every so many steps.
-      drop_fraction: f_0, 0 to 1, or an optax schedule for f itself, whose values below 0 count as 0 and those
-        above 1 as 1.
+      drop_fraction: f_0, 0 to 1, or an optax schedule for f itself, whose values below 0 and NaN count as
+        0, and those above 1 as 1.
       total_steps: T_end, from which on nothing is traded. A schedule may do without.
       drop: the score by which to drop: ``"gradient"``, the magnitude of the descent gradient, the
         only one that is exact and whole in every form (the paper's choice: the flattest go);
@@ -94,8 +95,7 @@ def dynamic_mask(
     if refresh_every is None:
         raise ValueError("refresh_every must be an int: without refresh, use random_mask(pattern).")
     for name, value in (("drop", drop), ("grow", grow)):
-        if value not in ("gradient", "weight", "random"):
-            raise ValueError(f"{name} must be 'gradient', 'weight' or 'random', got {value!r}.")
+        checks.check_choice(name, value, ("gradient", "weight", "random"))
     fraction = _drop_schedule(drop_fraction, total_steps)
     check_seed(seed)
     check_packed(packed)
@@ -119,6 +119,7 @@ def dynamic_mask(
         **extra: Any,
     ) -> DynamicState:
         del ascent_grads, extra
+        check_mask_state(state, DynamicState, "dynamic_mask")
 
         def renew() -> Mask:
             key = jax.random.fold_in(as_key(state.key), step + 1)
@@ -151,7 +152,9 @@ def _trade(
         return each.total() if shared else each
 
     on, off = count(active), count([~a for a in active])
-    wanted = selection.Count.rounded(jnp.clip(jnp.asarray(fraction, jnp.float32), 0, 1) * on.as_float())
+    fraction = jnp.asarray(fraction, jnp.float32)
+    fraction = jnp.where(fraction > 0, jnp.minimum(fraction, 1), 0)  # NaN is not above 0
+    wanted = selection.Count.rounded(fraction * on.as_float())
     traded = wanted.minimum(off)
     keep = selection.largest(
         [jnp.where(a, k, 0) for a, k in zip(active, to_keep)], ones, on.minus(traded), shared=shared
@@ -178,17 +181,18 @@ def _unit_keys(
 
 def _drop_schedule(drop_fraction: Any, total_steps: Any) -> Callable[[jax.Array], jax.Array]:
     schedule = callable(drop_fraction)
+    if schedule:
+        checks.check_takes("drop_fraction", drop_fraction, "step")
     if schedule and total_steps is None:
-        return drop_fraction
+        return lambda step: _fraction(drop_fraction(step))
     if isinstance(total_steps, bool) or not isinstance(total_steps, int):
         raise TypeError(
             "total_steps must be an int of at least 1; it can be left out only when drop_fraction is a"
             f" schedule. Got {total_steps!r}."
         )
-    if total_steps < 1:
-        raise ValueError(f"total_steps must be at least 1, got {total_steps}.")
+    checks.check_steps("total_steps", total_steps)
     if schedule:
-        return lambda step: jnp.where(step < total_steps, drop_fraction(step), 0)
+        return lambda step: jnp.where(step < total_steps, _fraction(drop_fraction(step)), 0)
     if isinstance(drop_fraction, bool) or not isinstance(drop_fraction, int | float):
         raise TypeError(f"drop_fraction must be a float from 0 to 1 or a schedule, got {drop_fraction!r}.")
     if not 0 <= drop_fraction <= 1:
@@ -199,6 +203,13 @@ def _drop_schedule(drop_fraction: Any, total_steps: Any) -> Callable[[jax.Array]
         return drop_fraction / 2 * (1 + jnp.cos(math.pi * progress))
 
     return cosine
+
+
+def _fraction(value: Any) -> Any:
+    """Return what a schedule for the drop fraction returned, or raise unless it is a real scalar."""
+    if not checks.is_kind(value, jnp.floating, jnp.integer) or jnp.shape(value) != ():
+        raise TypeError(f"drop_fraction, a schedule, must return a real scalar, got {value!r}.")
+    return value
 
 
 def _tradable(pattern: Any) -> UnitPattern:

@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ssam_jax import shardings, trees
+from ssam_jax import checks, shardings, trees
 from ssam_jax.masks import packing
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.masks.rules import (
+    OTHER_STATE,
     MaskRule,
+    check_mask_state,
     check_packed,
     check_pattern,
     check_refresh_every,
@@ -78,17 +81,13 @@ def fisher_mask(
       A `MaskRule` with a `FisherState`.
 
     Raises:
-      TypeError: a pattern, a seed or a bool is not one.
+      TypeError: a pattern, a seed, a number or a bool is not one.
       ValueError: ``decay`` or ``refresh_every`` is out of range, or ``accumulator_dtype`` another dtype.
     """
     check_pattern(pattern)
     check_refresh_every(refresh_every)
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be from 0 to below 1, got {decay!r}.")
-    if accumulator_dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):  # float16 would overflow
-        raise ValueError(
-            f"accumulator_dtype must be float32, bfloat16 or float64, got {accumulator_dtype!r}."
-        )
+    _check_decay(decay)
+    _check_accumulator(accumulator_dtype)
     check_seed(seed)
     check_packed(packed)
 
@@ -106,9 +105,11 @@ def fisher_mask(
         step: jax.Array,
         **extra: Any,
     ) -> FisherState:
-        del params, ascent_grads, extra
+        del ascent_grads, extra
+        check_mask_state(state, FisherState, "fisher_mask", scores=refresh_every is not None)
         if refresh_every is None:
             return state
+        trees.check_same_shapes(state.scores, params, "the scores in the state", "params", OTHER_STATE)
 
         def accumulate(score: jax.Array, grad: jax.Array) -> jax.Array:
             past = trees.widened(score)
@@ -148,10 +149,13 @@ def empirical_fisher(
       A tree like ``params``, float32 (float64 where the parameter is).
 
     Raises:
-      TypeError: ``params`` holds anything but real floats, or ``chunk_size`` is no int.
-      ValueError: ``chunk_size`` is below 1, or ``batch`` is empty or its leaves disagree on the
-        number of examples.
+      TypeError: ``params`` holds anything but real floats, ``loss_fn`` is no function of two arguments or
+        returns no real floating-point loss, ``batch`` holds what are no arrays of JAX, or ``chunk_size`` is
+        no int.
+      ValueError: ``chunk_size`` is below 1, ``batch`` is empty or its leaves disagree on the number of
+        examples, or the loss of an example is not a scalar.
     """
+    checks.check_takes("loss_fn", loss_fn, "params", "example")
     trees.check_floating(params, "params")
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
         raise TypeError(f"chunk_size must be an int of at least 1, got {chunk_size!r}.")
@@ -159,7 +163,13 @@ def empirical_fisher(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     examples = _count_examples(batch)
     chunks, rest = divmod(examples, chunk_size)
-    per_example = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))
+
+    def loss(params: Params, example: Any) -> jax.Array:
+        value = loss_fn(params, example)
+        checks.check_loss(value)
+        return value
+
+    per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0))
 
     def strided(x: jax.Array) -> jax.Array:
         # A chunk has examples from all over the batch: of one spread over devices, each has its share of it.
@@ -186,6 +196,24 @@ def empirical_fisher(
     return shardings.computed_like(params, mean_square, batch)
 
 
+def _check_decay(decay: Any) -> None:
+    if isinstance(decay, bool) or not isinstance(decay, int | float | np.floating):
+        raise TypeError(f"decay must be a float from 0 to below 1, got {decay!r}.")
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be from 0 to below 1, got {decay!r}.")
+
+
+def _check_accumulator(dtype: Any) -> None:
+    try:
+        known = dtype is not None and jnp.dtype(dtype) in map(
+            jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float64)
+        )
+    except TypeError:
+        known = False
+    if not known:  # float16 would overflow
+        raise ValueError(f"accumulator_dtype must be float32, bfloat16 or float64, got {dtype!r}.")
+
+
 def _count_examples(batch: chex.ArrayTree) -> int:
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or sizes & {(), (0,)}:
@@ -193,4 +221,9 @@ def _count_examples(batch: chex.ArrayTree) -> int:
             "batch must hold arrays of shape (examples, ...) that agree on the number of examples, at"
             f" least 1, got leading sizes {sorted(sizes)}."
         )
+    for path, leaf in zip(trees.leaf_paths(batch), jax.tree.leaves(batch)):
+        if not checks.is_kind(leaf, jnp.number, jnp.bool_, jax.dtypes.prng_key):
+            raise TypeError(
+                f"batch must hold arrays of JAX, but its leaf {path!r} is {checks.named(checks.kind(leaf))}."
+            )
     return next(iter(sizes))[0]

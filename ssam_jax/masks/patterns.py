@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ssam_jax import shardings, trees
+from ssam_jax.checks import check_choice, kind, named
 from ssam_jax.masks import selection
 from ssam_jax.typing import Mask, Params, Scores
 
@@ -32,7 +33,11 @@ class Pattern(abc.ABC):
         Args:
           key: a typed PRNG key.
           params: the tree to make a mask for; only shapes and shardings are read.
+
+        Raises:
+          TypeError: ``key`` is not a typed PRNG key, or an array of several.
         """
+        check_key(key)
 
         def draw(params: Params, key: jax.Array) -> Scores:
             leaves, treedef = jax.tree.flatten(params)
@@ -51,7 +56,7 @@ class UnitPattern(Pattern):
     sparsity: float
 
     def __call__(self, scores: Scores) -> Mask:
-        trees.check_floating(scores, "scores")
+        _check_scores(scores)
         return shardings.computed_like(jax.tree.map(jnp.asarray, scores), self._best)
 
     def _best(self, scores: Scores) -> Mask:
@@ -62,6 +67,7 @@ class UnitPattern(Pattern):
 
     def random(self, key: jax.Array, params: Params) -> Mask:
         """Return a random mask in which every unit is as likely as any other of its size."""
+        check_key(key)
         return shardings.computed_like(params, self._any, key)
 
     def _any(self, params: Params, key: jax.Array) -> Mask:
@@ -131,7 +137,7 @@ class Unstructured(UnitPattern):
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
-        _check_choice("scope", self.scope, ("global", "leaf"))
+        check_choice("scope", self.scope, ("global", "leaf"))
 
     @property
     def shared(self) -> bool:
@@ -178,8 +184,8 @@ class Structured(UnitPattern):
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
-        _check_choice("unit", self.unit, ("tensor", "channel", "block"))
-        _check_choice("indivisible", self.indivisible, ("error", "whole"))
+        check_choice("unit", self.unit, ("tensor", "channel", "block"))
+        check_choice("indivisible", self.indivisible, ("error", "whole"))
         if self.unit == "tensor" and self.axis is not None:
             raise ValueError(f"axis must be None when unit is 'tensor', got {self.axis!r}.")
         if (self.unit == "block") != (self.block is not None):
@@ -295,10 +301,10 @@ class NM(Pattern):
                 raise TypeError(f"{name} must be an int, got {value!r}.")
         if self.m < 1 or not 0 <= self.n <= self.m:
             raise ValueError(f"n and m must satisfy 0 <= n <= m and m >= 1, got n={self.n}, m={self.m}.")
-        _check_choice("indivisible", self.indivisible, ("error", "whole"))
+        check_choice("indivisible", self.indivisible, ("error", "whole"))
 
     def __call__(self, scores: Scores) -> Mask:
-        trees.check_floating(scores, "scores")
+        _check_scores(scores)
         return shardings.computed_like(jax.tree.map(jnp.asarray, scores), self._best)
 
     def _best(self, scores: Scores) -> Mask:
@@ -352,6 +358,20 @@ def _check_sparsity(sparsity: Any) -> None:
         raise ValueError(f"sparsity, the share NOT perturbed, must be from 0 to 1, got {sparsity!r}.")
 
 
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+def _check_scores(scores: Any) -> None:
+    trees.check_floating(scores, "scores")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(scores)):
+        raise TypeError(
+            "scores must hold arrays, got shapes alone (jax.ShapeDtypeStruct): take pattern.random(key,"
+            " params), which reads no more of params, or jax.eval_shape(pattern, scores)."
+        )
+
+
+def check_key(key: Any) -> None:
+    """Raise TypeError unless ``key`` is a single typed PRNG key."""
+    if not jnp.issubdtype(getattr(key, "dtype", jnp.bool_), jax.dtypes.prng_key) or key.shape:
+        got = f"{named(kind(key))} of shape {key.shape}" if hasattr(key, "dtype") else repr(key)
+        raise TypeError(
+            "key must be one typed PRNG key, as jax.random.key(seed) makes it (and"
+            f" jax.random.wrap_key_data of an old one), got {got}."
+        )

@@ -7,10 +7,16 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from ssam_jax import shardings, trees
+from ssam_jax import checks, shardings, trees
 from ssam_jax.masks import packing
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.typing import Gradients, Mask, Params
+
+OTHER_STATE = (
+    "The state is of another rule, of other options or of other parameters: make it anew with"
+    " tx.init(params); set_mask can put an old mask into it."
+)
+"""What to say about a state that does not fit."""
 
 
 class InitFn(Protocol):
@@ -107,6 +113,7 @@ def random_mask(
         state: MaskState, params: Params, ascent_grads: Any, descent_grads: Any, step: jax.Array, **extra: Any
     ) -> MaskState:
         del ascent_grads, descent_grads, extra
+        check_mask_state(state, MaskState, "random_mask", key=True)
 
         def renew() -> Mask:
             return pattern.random(jax.random.fold_in(as_key(state.key), step + 1), params)
@@ -131,10 +138,20 @@ def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool], *, packed: bool 
       A `MaskRule` with a `MaskState`. Only `set_mask` changes the mask.
 
     Raises:
-      TypeError: ``packed`` is not a bool; or at ``init``, a leaf of the tree or a predicate's answer.
+      TypeError: ``packed`` or a leaf of the tree is not a bool, or a predicate takes more than a path; or at
+        ``init``, a predicate's answer is not a bool.
       ValueError: at ``init``, the tree does not fit the parameters.
     """
     check_packed(packed)
+    if isinstance(tree_or_predicate, Pattern):
+        raise TypeError(
+            f"fixed_mask takes a tree of bools or a function of a path, got {tree_or_predicate!r}, which"
+            " needs scores: take fixed_mask(pattern(scores)), or random_mask(pattern)."
+        )
+    if callable(tree_or_predicate):
+        checks.check_takes("predicate", tree_or_predicate, "path")
+    else:
+        check_bools(tree_or_predicate, "the mask")
 
     def init(params: Params) -> MaskState:
         if callable(tree_or_predicate):
@@ -147,6 +164,7 @@ def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool], *, packed: bool 
 
     def update(state: MaskState, *args: Any, **extra: Any) -> MaskState:
         del args, extra
+        check_mask_state(state, MaskState, "fixed_mask", key=False)
         return state
 
     return MaskRule(init, update)
@@ -183,8 +201,9 @@ def renewed(
         return state.bits, state.churn
 
     def replace() -> tuple[Mask, jax.Array]:
-        old = state.mask
-        mask = jax.tree.map(shardings.alike, renew(), old)
+        old, new = state.mask, renew()
+        trees.check_same_shapes(new, old, "the renewed mask", "the one in the state", OTHER_STATE)
+        mask = jax.tree.map(shardings.alike, new, old)
         return packing.pack_like(mask, state.bits), mask_churn(old, mask)
 
     return jax.lax.cond((step + 1) % refresh_every == 0, replace, lambda: (state.bits, state.churn))
@@ -268,11 +287,11 @@ def check_packed(packed: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Raise TypeError unless ``seed`` is an integer, Python's or a scalar array."""
-    dtype = getattr(seed, "dtype", None) if jnp.ndim(seed) == 0 else None
-    integer = isinstance(seed, int) if dtype is None else jnp.issubdtype(dtype, jnp.integer)
-    if isinstance(seed, bool) or not integer:
+    """Raise unless ``seed`` is an integer, Python's of 64 bits or a scalar array."""
+    if not checks.is_kind(seed, jnp.integer) or jnp.shape(seed) != ():
         raise TypeError(f"seed must be an integer, got {seed!r}.")
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be from -2**63 to below 2**63, got {seed}.")
 
 
 def check_refresh_every(refresh_every: Any) -> None:
@@ -281,20 +300,52 @@ def check_refresh_every(refresh_every: Any) -> None:
         return
     if isinstance(refresh_every, bool) or not isinstance(refresh_every, int):
         raise TypeError(f"refresh_every must be an int of at least 1, or None, got {refresh_every!r}.")
-    if refresh_every < 1:
-        raise ValueError(f"refresh_every must be at least 1, or None, got {refresh_every}.")
+    checks.check_steps("refresh_every", refresh_every, "at least 1, or None")
 
 
-def check_mask(mask: Any, params: Params) -> None:
+def check_mask(mask: Any, params: Params, remedy: str = "") -> None:
     """Raise, naming the leaf, unless ``mask`` has bool leaves that broadcast against ``params``."""
-    trees.check_same_structure(mask, params, "the mask", "the parameters")
+    trees.check_same_structure(mask, params, "the mask", "the parameters", remedy)
+    check_bools(mask, "the mask")
     for path, m, p in zip(trees.leaf_paths(params), jax.tree.leaves(mask), jax.tree.leaves(params)):
-        if jnp.result_type(m) != jnp.bool_:
-            raise TypeError(f"the mask must be bool, but its leaf {path!r} is {jnp.result_type(m)}.")
         if not _broadcasts(jnp.shape(m), jnp.shape(p)):
             raise ValueError(
-                f"the mask's leaf {path!r} of shape {jnp.shape(m)} does not broadcast against {jnp.shape(p)}."
+                f"the mask's leaf {path!r} of shape {jnp.shape(m)} does not broadcast against {jnp.shape(p)},"
+                f" the parameter's.{remedy and ' '}{remedy}"
             )
+
+
+def check_bools(mask: Any, name: str) -> None:
+    """Raise TypeError, naming the leaf, unless all leaves are bools or bool arrays."""
+    for path, leaf in zip(trees.leaf_paths(mask), jax.tree.leaves(mask)):
+        if not checks.is_kind(leaf, jnp.bool_):
+            raise TypeError(
+                f"{name} must be bool, but its leaf {path!r} is {checks.named(checks.kind(leaf))}; True"
+                " means perturbed."
+            )
+
+
+def check_mask_state(state: Any, kind: type, rule: str, **present: bool) -> None:
+    """Raise TypeError unless the state that a rule's ``update`` gets is one that its ``init`` made.
+
+    Args:
+      state: the state of some rule.
+      kind: the class that it must have.
+      rule: which, for the message.
+      **present: for fields, whether they are to be there or to be None.
+    """
+
+    def described(kind: type, present: dict[str, bool]) -> str:
+        fields = (f"{name} {'there' if there else 'None'}" for name, there in present.items())
+        return " with ".join([kind.__name__, *fields])
+
+    known = type(state) is kind
+    found = {name: getattr(state, name) is not None for name in present} if known else {}
+    if not known or found != present:
+        raise TypeError(
+            f"this {rule} needs the state of its own init, {described(kind, present)}, got"
+            f" {described(type(state), found)}. {OTHER_STATE}"
+        )
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-oldest lint types bench results clean
+# The index of jax's nightly wheels, say; what is there and newer than on PyPI is taken by test-newest.
+JAX_INDEX ?=
+
+.PHONY: demo test test-oldest test-newest lint types audit bench results dist dist-check clean
 
 $(VENV)/made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +27,19 @@ test-oldest: $(VENV)/made  ## the suite on the lowest versions that pyproject.to
 		--editable ".[examples]" --group dev
 	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
+test-newest: $(VENV)/made  ## the suite on the newest versions, of jax on the newest pre-release
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-newest
+	$(BIN)/uv pip install --quiet --python .venv-newest --resolution highest --upgrade \
+		--prerelease explicit $(if $(JAX_INDEX),--index-strategy unsafe-best-match --index $(JAX_INDEX)) \
+		"jax>=0.dev0" "jaxlib>=0.dev0" --editable ".[examples]" --group dev
+	.venv-newest/bin/python -m ssam_jax
+	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+audit: $(VENV)/made  ## known vulnerabilities of what an environment made today holds; strict: all must be known
+	mkdir -p dist
+	$(BIN)/uv pip compile --quiet --no-annotate --extra examples pyproject.toml --output-file dist/audit.txt
+	$(BIN)/uv tool run pip-audit --strict --disable-pip --no-deps --requirement dist/audit.txt
+
 lint: $(VENV)/made
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,5 +53,15 @@ bench: $(VENV)/made  ## every benchmark, into benchmarks/results and docs/perfor
 results: $(VENV)/made  ## the study of docs/results.md: make results DATA=folder-of-cifar10
 	$(BIN)/python examples/results.py --data $(DATA)
 
+dist: $(VENV)/made  ## the wheel and the source distribution, in dist
+	rm -rf dist
+	$(BIN)/python -m hatchling build --directory dist
+
+dist-check: dist  ## the wheel in an environment that holds its declared dependencies alone
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-dist
+	$(BIN)/uv pip install --quiet --python .venv-dist dist/*.whl
+	cd dist && ../.venv-dist/bin/python -W error -m ssam_jax
+	cd dist && ../.venv-dist/bin/python ../.ci/readme.py ../README.md
+
 clean:
-	rm -rf $(VENV) .venv-oldest outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-dist dist outputs .pytest_cache .mypy_cache .ruff_cache

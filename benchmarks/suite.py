@@ -44,6 +44,7 @@ BENCHMARKS = (
     "implicit",
     "curvature",
     "loading",
+    "importing",
 )
 
 Record = dict[str, Any]

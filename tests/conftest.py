@@ -1,6 +1,8 @@
 """Eight CPU devices, quick compilation, strict promotion, equal runs of hypothesis: set before jax loads."""
 
+import ipaddress
 import os
+import socket
 
 FLAGS = {
     "--xla_force_host_platform_device_count": "8",
@@ -31,6 +33,42 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("ssam_jax")
+
+
+CONNECT = socket.socket.connect
+
+
+def connect_locally(self, address):
+    """Connect to this machine, and refuse to connect to any other."""
+    if self.family in (socket.AF_INET, socket.AF_INET6) and not is_local(address[0]):
+        raise AssertionError(f"a test must not use the network, and connects to {address!r}")
+    return CONNECT(self, address)
+
+
+def is_local(host):
+    """Whether a host is this machine, by its name or its address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which would have to be asked for
+        return False
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Let tests connect to this machine alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_locally)
+        yield
+
+
+# The tests that start other processes take longest. They come first, so that no worker is left alone with one
+# at the end, and those that share a module's processes stay with one worker.
+LONG = ("test_processes.py", "test_training_run.py", "test_language_model.py", "test_examples.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Put the long tests first, and leave the others in their order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ LAYERS = [
     ["costs", "two_pass"],
     ["choosing"],
     [""],  # ssam_jax itself
+    ["__main__"],
     ["linen", "nnx", "sharpness.results", "sharpness.arguments", "sharpness.progress", "sharpness.vectors"],
     ["sharpness.objective"],
     ["sharpness.hessian", "sharpness.rises", "sharpness.surface"],
@@ -109,12 +110,23 @@ def test_the_extension_interface_of_jax_is_used_in_one_file_at_most():
 
 def test_loading_the_library_loads_no_optional_package():
     code = (
-        "import sys, ssam_jax; heavy = {'flax', 'matplotlib', 'matfree', 'orbax', 'sklearn'};"
+        "import sys, ssam_jax; heavy = {'flax', 'matplotlib', 'matfree', 'tqdm', 'orbax', 'sklearn'};"
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}), 'jax' in sys.modules)"
     )
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert result.stdout.strip() == "[] True"
+
+
+def test_loading_the_library_loads_what_optax_loads_and_little_more():
+    code = (
+        "import sys, optax; before = set(sys.modules); import ssam_jax;"
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    # jax.extend reads programs; chex, for the type of a tree, brings absl's tests and toolz.
+    assert {"ssam_jax"} <= set(result.stdout.split()) <= {"ssam_jax", "jax", "chex", "absl", "toolz"}
 
 
 def public():

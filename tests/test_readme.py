@@ -1,4 +1,4 @@
-"""The code of the README and of the pages in docs runs, in the order a reader meets it."""
+"""The code of README, CONTRIBUTING and the pages in docs runs, in the order a reader meets it."""
 
 import re
 from pathlib import Path
@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+FILES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S) for name, text in PAGES.items()}
 
 
 def test_there_is_code_in_the_pages():
-    assert min(len(BLOCKS[name]) for name in ("README.md", "docs/two_pass.md")) >= 3
+    assert min(len(BLOCKS[name]) for name in ("README.md", "CONTRIBUTING.md", "docs/two_pass.md")) >= 3
 
 
 @pytest.mark.parametrize("name", [name for name, blocks in BLOCKS.items() if blocks])

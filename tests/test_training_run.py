@@ -163,6 +163,9 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
             flags += [f"--{field.name.replace('_', '-')}", str(value)]
     command = [sys.executable, str(ROOT / "examples" / "train.py"), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    # What the killed run has compiled, the one that goes on reads.
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     metrics = changed.out / "metrics.jsonl"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(read_rows(metrics)) < 2 and process.poll() is None:

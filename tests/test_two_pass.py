@@ -257,13 +257,20 @@ def assert_equal_to_rounding(actual, expected):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1e-3, float(jnp.max(jnp.abs(b)))))
 
 
+@functools.cache
+def gradient_of(loss):
+    """Compile one plain gradient of a loss, for both passes and whatever is active."""
+    return quick_jit(jax.value_and_grad(loss))
+
+
+@functools.cache
 def both_ways(loss, active):
     params = make_params()
-    args = (params, nearby(params, active), active, *BATCH)
-    return [
-        quick_jit(functools.partial(passes, loss), static_argnums=2)(*args)
-        for passes in (fast_passes, two_plain_passes)
-    ]
+    point = nearby(params, active)
+    fast = quick_jit(functools.partial(fast_passes, loss), static_argnums=2)(params, point, active, *BATCH)
+    value, grads = gradient_of(loss)(params, *BATCH)
+    _, descent = gradient_of(loss)(point, *BATCH)
+    return fast, (value, keep(grads, active), descent)
 
 
 CASES = [

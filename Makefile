@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-oldest lint types bench results clean
+.PHONY: demo test test-oldest lint types docs bench results clean
 
 $(VENV)/made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,14 @@ lint: $(VENV)/made
 types: $(VENV)/made
 	$(BIN)/mypy
 
+$(VENV)/documented: $(VENV)/made
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
+
+docs: $(VENV)/documented  ## the site, in docs/_build/html; every code block runs, every public name is in it
+	$(BIN)/python -m pytest --quiet -n $(WORKERS) tests/test_readme.py tests/guides.py
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --quiet --fresh-env docs docs/_build/html
+
 bench: $(VENV)/made  ## every benchmark, into benchmarks/results and docs/performance.md
 	$(BIN)/python benchmarks/run.py
 
@@ -38,4 +46,4 @@ results: $(VENV)/made  ## the study of docs/results.md: make results DATA=folder
 	$(BIN)/python examples/results.py --data $(DATA)
 
 clean:
-	rm -rf $(VENV) .venv-oldest outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest outputs docs/_build .pytest_cache .mypy_cache .ruff_cache

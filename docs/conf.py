@@ -42,11 +42,18 @@ python_maximum_signature_line_length = 80
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # tests/test_readme.py runs the code of every page, in `make test` and in `make docs`
+nb_execution_mode = (
+    "off"  # tests/test_readme.py runs the code of every page, in `make test` and in `make docs`
+)
 
 html_theme = "sphinx_book_theme"
 html_title = "ssam_jax"
-html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False, "use_download_button": False}
+html_theme_options = {
+    "show_toc_level": 2,
+    "navigation_with_keys": False,
+    "use_download_button": False,
+    "navbar_persistent": [],  # the search field of the sidebar is enough
+}
 html_static_path = ["_static"]
 html_css_files = ["narrow.css"]
 html_copy_source = False

@@ -23,7 +23,7 @@ def public_names(module: types.ModuleType) -> dict[str, Any]:
 
 
 def says_something(value: Any) -> bool:
-    """Whether a function or class has a docstring of its own, not inherited nor made by dataclass or NamedTuple."""
+    """Whether a value has a docstring of its own: not inherited, nor made by dataclass or NamedTuple."""
     text = vars(value).get("__doc__") if isinstance(value, type) else value.__doc__
     return bool(text) and not text.startswith(f"{value.__name__}(")
 

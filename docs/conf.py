@@ -1,6 +1,5 @@
 """How Sphinx builds the documentation: `make docs`, into docs/_build/html."""
 
-import importlib.util
 import pathlib
 import sys
 
@@ -23,8 +22,6 @@ extensions = [
     "public_names",
 ]
 exclude_patterns = ["_build", "results"]
-if importlib.util.find_spec("ssam_jax.plotting") is None:
-    exclude_patterns.append("api/plotting.md")
 
 # In docstrings `name` is a link, to a name of the same module or of ssam_jax; one that leads nowhere fails
 # the build. The objects of other libraries are written ``name``.

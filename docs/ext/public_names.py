@@ -1,7 +1,6 @@
 """A check of Sphinx's: every public name of the library is in the API reference, and has a docstring."""
 
 import importlib
-import importlib.util
 import types
 from typing import Any
 
@@ -9,7 +8,7 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 MODULES = ("ssam_jax", "ssam_jax.linen", "ssam_jax.nnx", "ssam_jax.sharpness", "ssam_jax.plotting")
-"""What users import from; those that do not exist are left out."""
+"""What users import from."""
 
 
 def public_names(module: types.ModuleType) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def check(app: Sphinx, env: Any) -> None:
     """Warn, which fails the build, of every public name that the reference lacks or that says nothing."""
     documented = env.get_domain("py").objects
     logger = logging.getLogger(__name__)
-    for module in filter(importlib.util.find_spec, MODULES):
+    for module in MODULES:
         for name, value in public_names(importlib.import_module(module)).items():
             full = f"{module}.{name}"
             if full not in documented:
@@ -42,12 +41,15 @@ def check(app: Sphinx, env: Any) -> None:
 
 
 def resolve(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
-    """Resolve a docstring's `name` that its own module lacks as a name of ssam_jax."""
-    if node.get("refdomain") != "py" or node["reftarget"].startswith("ssam_jax."):
-        return None
-    target = f"ssam_jax.{node['reftarget']}"
-    domain = env.get_domain("py")
-    return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], target, node, contnode)
+    """Resolve a docstring's `name`, which its own module lacks, in ssam_jax or in ssam_jax.sharpness."""
+    name, domain = node["reftarget"], env.get_domain("py")
+    if node.get("refdomain") == "py" and "." not in name:
+        for target in (f"ssam_jax.{name}", f"ssam_jax.sharpness.{name}"):
+            if target in domain.objects:
+                return domain.resolve_xref(
+                    env, node["refdoc"], app.builder, node["reftype"], target, node, contnode
+                )
+    return None
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -7,7 +7,7 @@ WORKERS ?= 2
 # The index of jax's nightly wheels, say; what is there and newer than on PyPI is taken by test-newest.
 JAX_INDEX ?=
 
-.PHONY: demo test test-oldest test-newest lint types audit bench results dist dist-check clean
+.PHONY: demo test test-oldest test-newest lint types docs audit bench results dist dist-check clean
 
 $(VENV)/made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,14 @@ lint: $(VENV)/made
 types: $(VENV)/made
 	$(BIN)/mypy
 
+$(VENV)/documented: $(VENV)/made
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
+
+docs: $(VENV)/documented  ## the site, in docs/_build/html; every code block runs, every public name is in it
+	$(BIN)/python -m pytest --quiet -n $(WORKERS) tests/test_readme.py tests/guides.py
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --quiet --fresh-env docs docs/_build/html
+
 bench: $(VENV)/made  ## every benchmark, into benchmarks/results and docs/performance.md
 	$(BIN)/python benchmarks/run.py
 
@@ -64,4 +72,4 @@ dist-check: dist  ## the wheel in an environment that holds its declared depende
 	cd dist && ../.venv-dist/bin/python ../.ci/readme.py ../README.md
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-dist dist outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-dist dist outputs docs/_build .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,7 @@
-"""The code of README, CONTRIBUTING and the pages in docs runs, in the order a reader meets it."""
+"""The code of README, CONTRIBUTING and the pages in docs runs in a reader's order; links lead somewhere.
+
+The guides' code takes longer than the suite should: it is run by tests/guides.py, in `make docs`.
+"""
 
 import re
 from pathlib import Path
@@ -9,20 +12,31 @@ ROOT = Path(__file__).parent.parent
 FILES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
     *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("docs/*/*.md")),
 ]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
+GUIDES = [name for name in PAGES if name.startswith("docs/guides/")]
 BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S) for name, text in PAGES.items()}
+
+
+def with_code(names):
+    return [name for name in names if BLOCKS[name]]
+
+
+def run_blocks(name):
+    """Run the code of a page, block after block, in one namespace."""
+    namespace = {}
+    for number, block in enumerate(BLOCKS[name]):
+        exec(compile(block, f"{name}, block {number}", "exec"), namespace)
 
 
 def test_there_is_code_in_the_pages():
     assert min(len(BLOCKS[name]) for name in ("README.md", "CONTRIBUTING.md", "docs/two_pass.md")) >= 3
 
 
-@pytest.mark.parametrize("name", [name for name, blocks in BLOCKS.items() if blocks])
+@pytest.mark.parametrize("name", with_code(name for name in PAGES if name not in GUIDES))
 def test_every_code_block_of_a_page_runs_in_one_namespace(name, relaxed_promotion):
-    namespace = {}
-    for number, block in enumerate(BLOCKS[name]):
-        exec(compile(block, f"{name}, block {number}", "exec"), namespace)
+    run_blocks(name)
 
 
 @pytest.mark.parametrize("name", PAGES)

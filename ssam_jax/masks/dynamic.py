@@ -31,7 +31,7 @@ class DynamicState(NamedTuple):
     """State of `dynamic_mask`.
 
     Attributes:
-      bits: the mask, its long leaves packed (`ssam_jax.masks.packing`): uint8, uint16 or uint32 words where
+      bits: the mask, its long leaves packed (``ssam_jax.masks.packing``): uint8, uint16 or uint32 words where
         bool would take a byte for each entry.
       churn: float32 scalar, the share of the perturbed entries that the last renewal brought in.
       key: uint32 key data, folded with the step where randomness is needed.
@@ -43,7 +43,7 @@ class DynamicState(NamedTuple):
 
     @property
     def mask(self) -> Mask:
-        """The mask: bool pytree, True where the parameter is perturbed."""
+        """Bool pytree, True where the parameter is perturbed."""
         return packing.unpack(self.bits)
 
 

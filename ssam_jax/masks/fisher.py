@@ -30,7 +30,7 @@ class FisherState(NamedTuple):
     """State of `fisher_mask`.
 
     Attributes:
-      bits: the mask, its long leaves packed (`ssam_jax.masks.packing`): uint8, uint16 or uint32 words where
+      bits: the mask, its long leaves packed (``ssam_jax.masks.packing``): uint8, uint16 or uint32 words where
         bool would take a byte for each entry.
       churn: float32 scalar, the share of the perturbed entries that the last renewal brought in.
       scores: running mean of the squared gradient, shaped like the parameters; None without refresh.
@@ -42,7 +42,7 @@ class FisherState(NamedTuple):
 
     @property
     def mask(self) -> Mask:
-        """The mask: bool pytree, True where the parameter is perturbed."""
+        """Bool pytree, True where the parameter is perturbed."""
         return packing.unpack(self.bits)
 
 

@@ -66,7 +66,7 @@ class MaskState(NamedTuple):
     """State of `random_mask` and `fixed_mask`.
 
     Attributes:
-      bits: the mask, its long leaves packed (`ssam_jax.masks.packing`): uint8, uint16 or uint32 words where
+      bits: the mask, its long leaves packed (``ssam_jax.masks.packing``): uint8, uint16 or uint32 words where
         bool would take a byte for each entry.
       churn: float32 scalar, the share of the perturbed entries that the last renewal brought in.
       key: uint32 key data, folded with the step where randomness is needed; None for `fixed_mask`.
@@ -78,7 +78,7 @@ class MaskState(NamedTuple):
 
     @property
     def mask(self) -> Mask:
-        """The mask: bool pytree, True where the parameter is perturbed."""
+        """Bool pytree, True where the parameter is perturbed."""
         return packing.unpack(self.bits)
 
 

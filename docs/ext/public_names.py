@@ -1,0 +1,59 @@
+"""A check of Sphinx's: every public name of the library is in the API reference, and has a docstring."""
+
+import importlib
+import types
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+MODULES = ("ssam_jax", "ssam_jax.linen", "ssam_jax.nnx", "ssam_jax.sharpness", "ssam_jax.plotting")
+"""What users import from."""
+
+
+def public_names(module: types.ModuleType) -> dict[str, Any]:
+    """Return what a module offers: what is defined in it or, for a package, in any part of the library."""
+    home = "ssam_jax" if hasattr(module, "__path__") else module.__name__
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and (getattr(value, "__module__", None) or "").startswith(home)
+    }
+
+
+def says_something(value: Any) -> bool:
+    """Whether a value has a docstring of its own: not inherited, nor made by dataclass or NamedTuple."""
+    text = vars(value).get("__doc__") if isinstance(value, type) else value.__doc__
+    return bool(text) and not text.startswith(f"{value.__name__}(")
+
+
+def check(app: Sphinx, env: Any) -> None:
+    """Warn, which fails the build, of every public name that the reference lacks or that says nothing."""
+    documented = env.get_domain("py").objects
+    logger = logging.getLogger(__name__)
+    for module in MODULES:
+        for name, value in public_names(importlib.import_module(module)).items():
+            full = f"{module}.{name}"
+            if full not in documented:
+                logger.warning("public name %s is not in docs/api", full)
+            if not says_something(value):
+                logger.warning("public name %s has no docstring", full)
+
+
+def resolve(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
+    """Resolve a docstring's `name`, which its own module lacks, in ssam_jax or in ssam_jax.sharpness."""
+    name, domain = node["reftarget"], env.get_domain("py")
+    if node.get("refdomain") == "py" and "." not in name:
+        for target in (f"ssam_jax.{name}", f"ssam_jax.sharpness.{name}"):
+            if target in domain.objects:
+                return domain.resolve_xref(
+                    env, node["refdoc"], app.builder, node["reftype"], target, node, contnode
+                )
+    return None
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Connect the check and the links."""
+    app.connect("env-check-consistency", check)
+    app.connect("missing-reference", resolve)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -80,6 +80,8 @@ RULES = {
 }
 # Every rule and every pattern meets every optimizer.
 CASES = [(*key, list(BASES)[i % 3]) for i, key in enumerate(RULES)]
+# Every rule and every pattern meets vmap and scan; all pairs would take a quarter of a minute more.
+SCANNED = {key for i, key in enumerate(RULES) if (i + i // 6) % 2 == 0} | {("dense", "none")}
 
 
 @pytest.mark.parametrize(("rule", "pattern", "base"), CASES, ids=map(" ".join, CASES))
@@ -95,7 +97,8 @@ def test_every_rule_keeps_the_contract_with_every_pattern(rule, pattern, base):
     assert step._cache_size() == 1
     check_a_jitted_step_equals_a_plain_one(tx, runs[0])
     check_the_mask_keeps_its_size_and_changes_at_refreshes_alone(runs[0], pattern, traded=rule == "dynamic")
-    check_a_vmapped_scan_equals_the_loops(tx, init, runs)
+    if (rule, pattern) in SCANNED:
+        check_a_vmapped_scan_equals_the_loops(tx, init, runs)
 
 
 def loop(step, state):
@@ -179,11 +182,8 @@ def test_a_chain_hands_the_gradient_at_the_perturbed_point_to_its_optimizer(base
     tiny.assert_close(updates, optimizer.update(descent, optimizer.init(params), params)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("rule", "pattern"), [("fisher", "nm"), ("random", "channel"), ("dynamic", "channel")]
-)
-def test_scan_equals_the_python_loop(rule, pattern):
-    tx = optax.chain(ssam_jax.ssam(rho=0.1, mask=RULES[rule, pattern](0)), optax.sgd(0.1))
+def test_scan_without_vmap_where_a_refresh_stays_a_conditional_equals_the_python_loop():
+    tx = optax.chain(ssam_jax.ssam(rho=0.1, mask=RULES["dynamic", "channel"](0)), optax.sgd(0.1))
     step, start = tiny.step_of(tx), (tiny.params(), jax.jit(tx.init)(tiny.params()))
     scanned, _ = jax.jit(lambda c: jax.lax.scan(lambda c, b: (step(*c, b), None), c, tiny.BATCHES))(start)
     compiled = jax.jit(step)
@@ -239,6 +239,11 @@ def test_dynamic_mask_refuses_what_it_cannot_trade_and_says_why(pattern, reason)
 def test_a_rule_refuses_what_is_no_pattern(rule):
     with pytest.raises(TypeError, match=r"pattern must be a Pattern such as Unstructured.*0\.5"):
         rule(0.5, 0)
+
+
+def test_every_rule_and_every_pattern_is_scanned():
+    assert {rule for rule, _ in SCANNED} == {rule for rule, _ in RULES}
+    assert {pattern for _, pattern in SCANNED} == {pattern for _, pattern in RULES}
 
 
 def test_every_allowed_combination_is_in_the_contract():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import ssam_jax
 from ssam_jax import NM, Structured, Unstructured
 
-EXAMPLES = 16  # each compiles a step
+EXAMPLES = 10  # each compiles a step
 SHAPES = [(), (0,), (1,), (4,), (1, 4), (4, 1), (2, 4), (0, 4)]
 DTYPES = [jnp.float32, jnp.float16, jnp.bfloat16]
 

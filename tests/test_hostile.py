@@ -319,7 +319,7 @@ TABLE = {
     "fixed_mask": [
         (lambda: fixed(HALF), TYPE, "fixed_mask", "Unstructured", "random_mask(pattern)"),
         (lambda: fixed("bias"), TYPE, "mask", "str", "must be bool"),
-        (lambda: fixed(None), VALUE, "fixed_mask", "NoneType", "prefix of the parameters' tree"),
+        (lambda: fixed(None), VALUE, "fixed_mask", "None", "prefix of the parameters' tree"),
         (lambda: fixed(mapped(np.int32)), TYPE, "mask", "int32", "True means perturbed"),
         (lambda: fixed(mapped(lambda p: p * NAN)), TYPE, "mask", "float32", "must be bool"),
         (lambda: fixed({"first": True}), VALUE, "fixed_mask", "first", "prefix of the parameters' tree"),

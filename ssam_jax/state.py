@@ -117,7 +117,8 @@ def active_leaves(opt_state: chex.ArrayTree) -> Active:
             "active_leaves reads the mask's values, which are not known under jit. Call it between"
             " steps and pass the tuple on as a static argument."
         )
-    found = [(_by_row(jnp.any, leaf), _by_row(jnp.all, leaf)) for leaf in leaves]
+    masks = [jnp.asarray(leaf) for leaf in leaves]  # out of the boxes of old versions of Flax
+    found = [(_by_row(jnp.any, mask), _by_row(jnp.all, mask)) for mask in masks]
     rows = jax.device_get(jax.tree.map(shardings.readable, found))
     return tuple(_activity(some, whole) for some, whole in rows)
 

@@ -163,7 +163,7 @@ _UNKNOWN: Any = np.float32(np.nan)  # NumPy's, which jax_debug_nans lets pass
 
 
 def _density(leaf: jax.Array) -> jax.Array:
-    return jnp.sum(leaf, dtype=jnp.float32) / max(1, leaf.size)
+    return jnp.sum(jnp.asarray(leaf), dtype=jnp.float32) / max(1, leaf.size)
 
 
 def _is_state(node: Any) -> bool:

@@ -117,8 +117,7 @@ def active_leaves(opt_state: chex.ArrayTree) -> Active:
             "active_leaves reads the mask's values, which are not known under jit. Call it between"
             " steps and pass the tuple on as a static argument."
         )
-    masks = [jnp.asarray(leaf) for leaf in leaves]  # out of the boxes of old versions of Flax
-    found = [(_by_row(jnp.any, mask), _by_row(jnp.all, mask)) for mask in masks]
+    found = [(_by_row(jnp.any, leaf), _by_row(jnp.all, leaf)) for leaf in leaves]
     rows = jax.device_get(jax.tree.map(shardings.readable, found))
     return tuple(_activity(some, whole) for some, whole in rows)
 
@@ -163,7 +162,7 @@ _UNKNOWN: Any = np.float32(np.nan)  # NumPy's, which jax_debug_nans lets pass
 
 
 def _density(leaf: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.asarray(leaf), dtype=jnp.float32) / max(1, leaf.size)
+    return jnp.sum(leaf, dtype=jnp.float32) / max(1, leaf.size)
 
 
 def _is_state(node: Any) -> bool:
@@ -200,7 +199,12 @@ def _find_single(opt_state: chex.ArrayTree, caller: str) -> SsamState:
             f"{caller} reads the state of one run, but this one has the leading axes of vmap,"
             f" {jnp.shape(state.leaf_sizes)[:-1]}; index it, or call {caller} under vmap too."
         )
-    return state
+    return jax.tree.map(_unboxed, state)
+
+
+def _unboxed(leaf: Any) -> Any:
+    """Return the array in a box of an old version of Flax, in which boxes are leaves."""
+    return jnp.asarray(leaf) if hasattr(leaf, "__jax_array__") else leaf
 
 
 def _fitted(mask: Any, like: Mask) -> Mask:

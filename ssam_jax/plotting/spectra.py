@@ -7,9 +7,8 @@ import numpy as np
 
 from ssam_jax.plotting import drawing
 from ssam_jax.plotting.drawing import Axes, Figure
-from ssam_jax.sharpness.results import SpectralDensity
+from ssam_jax.sharpness.results import GRID_POINTS, SpectralDensity
 
-GRID_POINTS = 1024
 REACH = 5  # widths to which a bell is drawn
 ROUNDING = 1e-6  # of float32: a width below this share of the largest eigenvalue would fall between numbers
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ssam_jax import convolutions, shardings, trees
+from ssam_jax.checks import check_takes
 from ssam_jax.typing import Gradients, Params
 
 PROGRAMS = 16
@@ -36,8 +37,7 @@ def objective(loss_fn: Any, params: Any, batches: Any) -> Objective:
         real floats, or ``batches`` is no list or other iterable of batches.
       ValueError: there are no parameters or no batches, or the batches differ in structure or shape.
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn!r}.")
+    check_takes("loss_fn", loss_fn, "params", "batch")
     try:
         hash(loss_fn)
     except TypeError:
@@ -45,15 +45,23 @@ def objective(loss_fn: Any, params: Any, batches: Any) -> Objective:
             f"loss_fn must be hashable, because compiled programs are kept by it; got a"
             f" {type(loss_fn).__name__}. Wrap it: lambda params, batch: loss_fn(params, batch)."
         ) from None
-    trees.check_floating(params, "params")
-    leaves = jax.tree.leaves(params)
-    if not any(jnp.size(leaf) for leaf in leaves):
+    params = widened(params)
+    if not any(leaf.size for leaf in jax.tree.leaves(params)):
         raise ValueError("params must hold at least one number, got a tree without any.")
-    dtype = trees.wide_dtype(*leaves)
-    params = jax.tree.map(lambda p: jnp.asarray(p).astype(dtype), params)
     stacked = _stacked(batches)
     _check_scalar(loss_fn, params, stacked)
     return Objective(loss_fn, params, stacked)
+
+
+def widened(params: Any) -> Params:
+    """Return parameters as arrays of one dtype, float32, or float64 if any of them has it.
+
+    Raises:
+      TypeError: ``params`` holds anything but real floats.
+    """
+    trees.check_floating(params, "params")
+    dtype = trees.wide_dtype(*jax.tree.leaves(params))
+    return jax.tree.map(lambda p: jnp.asarray(p).astype(dtype), params)
 
 
 def mean_loss(loss_fn: Callable[..., jax.Array], params: Params, batches: Any) -> jax.Array:
@@ -112,7 +120,7 @@ def _mean_over(fn: Callable[..., Any], batches: Any, *args: Any) -> Any:
     def add(total: Any, batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, ready(*args, batch)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(ready, *args, first))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(fn, *args, first))
     total, _ = jax.lax.scan(add, zeros, batches)
     return jax.tree.map(lambda t: t / count(batches), total)
 

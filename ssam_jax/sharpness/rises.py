@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ssam_jax import shardings, trees
+from ssam_jax.checks import check_choice
 from ssam_jax.masks.rules import check_mask
 from ssam_jax.perturbation import Normalize, apply_mask, asam_scale
 from ssam_jax.sharpness import objective as obj
@@ -71,8 +72,7 @@ def worst_case_rise(
     if step_size is None:
         step_size = rho if steps == 1 else 2 * rho / steps
     above_zero("step_size", step_size)
-    if normalize not in get_args(Normalize):
-        raise ValueError(f"normalize must be 'global' or 'masked', got {normalize!r}.")
+    check_choice("normalize", normalize, get_args(Normalize))
     _check_mask(mask, measured.params)
     search = functools.partial(
         _search, _ascent_programs(loss_fn, normalize, adaptive), measured.params, mask, rho, steps, step_size
@@ -149,7 +149,7 @@ def average_rise(
 
 
 def _search(
-    programs: tuple[Callable[..., Any], Callable[..., Any]],
+    programs: tuple[Callable[..., Any], ...],
     params: Params,
     mask: Mask | None,
     rho: float,
@@ -159,7 +159,7 @@ def _search(
     advance: Callable[[], Any],
 ) -> WorstCase:
     """Ascend, and return the worst of the points that were come by after the start."""
-    climb, at = programs
+    climb, loss_at, displaced = programs
     start, away = climb(params, jax.tree.map(jnp.zeros_like, params), mask, batches, rho, step_size)
     worst, point = jnp.full_like(start, -jnp.inf), away
     for _ in range(steps - 1):
@@ -167,18 +167,17 @@ def _search(
         worst, point = trees.where(loss <= worst, (worst, point), (loss, away))  # NaN is the worst
         away = jax.block_until_ready(further)
         advance()
-    loss, _ = at(params, away, batches)
+    loss = jax.block_until_ready(loss_at(params, away, batches))
     worst, point = trees.where(loss <= worst, (worst, point), (loss, away))
-    _, found = at(params, point, batches)
     advance()
-    return WorstCase(worst - start, start, found)
+    return WorstCase(worst - start, start, displaced(params, point))
 
 
 @functools.lru_cache(maxsize=obj.PROGRAMS)
 def _ascent_programs(
     loss_fn: Callable[..., jax.Array], normalize: Normalize, adaptive: bool
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return a step of the ascent, and the loss and the parameters at a point.
+) -> tuple[Callable[..., Any], ...]:
+    """Return a step of the ascent, the loss at a point, and the parameters there.
 
     Points are displacements from the parameters in units of `_scale`, in which the ball is round.
     """
@@ -195,11 +194,10 @@ def _ascent_programs(
         inside = trees.where(norm <= rho, away, _of_length(away, rho, norm))
         return loss, jax.tree.map(shardings.alike, inside, params)
 
-    def at(params: Params, away: Params, batches: Any) -> tuple[jax.Array, Params]:
-        point = _displaced(params, away, adaptive)
-        return obj.mean_loss(loss_fn, point, batches), point
+    def loss_at(params: Params, away: Params, batches: Any) -> jax.Array:
+        return obj.mean_loss(loss_fn, _displaced(params, away, adaptive), batches)
 
-    return jax.jit(climb), jax.jit(at)
+    return jax.jit(climb), jax.jit(loss_at), jax.jit(functools.partial(_displaced, adaptive=adaptive))
 
 
 @functools.lru_cache(maxsize=obj.PROGRAMS)

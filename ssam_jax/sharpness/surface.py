@@ -40,8 +40,7 @@ def filter_normalized_direction(params: Params, seed: int = 0, *, axis: int = -1
       Li et al., `Visualizing the Loss Landscape of Neural Nets <https://arxiv.org/abs/1712.09913>`_,
       section 4.
     """
-    trees.check_floating(params, "params")
-    seed = seed_of(seed)
+    params, seed = obj.widened(params), seed_of(seed)
     if isinstance(axis, bool) or not isinstance(axis, int):
         raise TypeError(f"axis must be an int, got {axis!r}.")
     for path, leaf in zip(trees.leaf_paths(params), jax.tree.leaves(params)):
@@ -50,8 +49,7 @@ def filter_normalized_direction(params: Params, seed: int = 0, *, axis: int = -1
                 f"axis must be an axis of every leaf of two dimensions or more, but {path!r} of shape"
                 f" {jnp.shape(leaf)} has no axis {axis}."
             )
-    dtype = trees.wide_dtype(*jax.tree.leaves(params))
-    return _direction(jax.tree.map(lambda p: jnp.asarray(p).astype(dtype), params), seed, axis=axis)
+    return _direction(params, seed, axis=axis)
 
 
 @functools.partial(jax.jit, static_argnames="axis")

@@ -15,7 +15,7 @@ import math
 import pathlib
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ import numpy as np
 import optax
 import tyro
 from matplotlib.figure import Figure
+from shared import Rule, axes_of_runs, check_ranges
 from tqdm import tqdm
 
 import ssam_jax
@@ -175,12 +176,9 @@ def make_run(config: Config, problem: Problem, method: Method) -> Callable[[jax.
         updates, opt_state = optimizer(0).update(grad_fn(params, 0), opt_state, params, grad_fn=grad_fn)
         return (optax.apply_updates(params, updates), opt_state), optax.tree.norm(exact, squared=True)
 
-    # Step counters stay out of the vmap: were they batched, "is it time to renew the mask?" would be
-    # too, lax.cond would become a select, and every step would pay for a renewal.
     init = lambda seed, params: optimizer(seed).init(params)  # noqa: E731
     one = jax.tree.map(lambda shape: jnp.zeros(shape), problem.shapes, is_leaf=lambda x: isinstance(x, tuple))
-    counters = lambda leaf: None if leaf.shape == () and leaf.dtype == jnp.int32 else 0  # noqa: E731
-    axes = jax.tree.map(counters, jax.eval_shape(init, jnp.int32(0), one))
+    axes = axes_of_runs(jax.eval_shape(init, jnp.int32(0), one))
     steps = jax.vmap(step, in_axes=((0, axes), 0), out_axes=((0, axes), 0))
 
     @jax.jit
@@ -386,7 +384,7 @@ def plot(results: dict[str, Any], config: Config, path: pathlib.Path) -> None:
 
 def check(config: Config) -> None:
     """Raise ValueError, naming the setting, unless all are in range."""
-    rules: dict[str, tuple[Callable[[Any], bool], Sequence[str]]] = {
+    rules: dict[str, Rule] = {
         "at least 2": (lambda v: v >= 2, ("seeds",)),
         "at least 1": (lambda v: v >= 1, ("batch", "refresh_every")),
         "at least 100": (lambda v: v >= 100, ("steps",)),
@@ -406,10 +404,7 @@ def check(config: Config) -> None:
             ("fit",),
         ),
     }
-    for wanted, (holds, names) in rules.items():
-        for name in names:
-            if not holds(getattr(config, name)):
-                raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)}.")
+    check_ranges(config, rules)
 
 
 def main(config: Config) -> int:

@@ -26,6 +26,7 @@ import optax
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from shared import Rule, axes_of_runs, check_ranges
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
@@ -214,10 +215,7 @@ def make_trainer(config: Config, method: Method, data: Data) -> Trainer:
         carry, losses = jax.lax.scan(functools.partial(step, chosen), carry, rows)
         return carry, (jnp.mean(losses), accuracy(model, carry[0], data.valid_x, data.valid_y))
 
-    # Step counters stay out of the vmap: were they batched, "is it time to renew the mask?" would be
-    # too, lax.cond would become a select, and every step would pay for a renewal.
-    counters = lambda leaf: None if leaf.shape == () and leaf.dtype == jnp.int32 else 0  # noqa: E731
-    axes = jax.tree.map(counters, jax.eval_shape(init, jnp.int32(0)))
+    axes = axes_of_runs(jax.eval_shape(init, jnp.int32(0)))
     return Trainer(
         init=jax.jit(jax.vmap(init, out_axes=axes)),
         epoch=jax.jit(jax.vmap(epoch, in_axes=(axes, None, 0, None), out_axes=(axes, 0)), donate_argnums=0),
@@ -389,7 +387,7 @@ def select(config: Config, data: Data) -> str:
 def check(config: Config) -> None:
     """Raise ValueError, naming the setting, unless all are in range."""
     above_0, from_0 = "finite and above 0", "finite and at least 0"
-    rules = {
+    rules: dict[str, Rule] = {
         "at least 1": (lambda v: v >= 1, ("seeds", "epochs", "width")),
         f"from 1 to {TRAIN}": (lambda v: 1 <= v <= TRAIN, ("batch",)),
         "from 0 to below 1": (lambda v: 0 <= v < 1, ("noise",)),
@@ -397,10 +395,7 @@ def check(config: Config) -> None:
         from_0: (lambda v: 0 <= v < math.inf, ("weight_decay", "sgd_weight_decay")),
         above_0: (lambda v: 0 < v < math.inf, ("lr", "sgd_lr", "rho_sam", "rho_ssam", "rho_sharpness")),
     }
-    for wanted, (holds, names) in rules.items():
-        for name in names:
-            if not holds(getattr(config, name)):
-                raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)}.")
+    check_ranges(config, rules)
 
 
 def main(config: Config) -> None:

@@ -25,6 +25,7 @@ import matplotlib
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from shared import Rule, check_ranges
 from tqdm import tqdm
 from training import run
 from training.programs import cross_entropy
@@ -334,7 +335,7 @@ def named_folders(config: Config) -> list[tuple[str, pathlib.Path]]:
 def check(config: Config) -> None:
     """Raise ValueError, naming the setting, unless all are in range and go together."""
     digits.check(digits_settings(config))
-    rules: dict[str, Any] = {
+    rules: dict[str, Rule] = {
         "at least 1": (lambda v: v >= 1, ("examples",)),
         f"a divisor of the {config.examples} examples": (
             lambda v: v >= 1 and config.examples % v == 0,
@@ -345,10 +346,7 @@ def check(config: Config) -> None:
         "odd and at least 3": (lambda v: v >= 3 and v % 2, ("points",)),
         "finite and above 0": (lambda v: v is None or 0 < v < math.inf, ("extent", "max_loss")),
     }
-    for wanted, (holds, names) in rules.items():
-        for name in names:
-            if not holds(getattr(config, name)):
-                raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)}.")
+    check_ranges(config, rules)
     if not config.checkpoints:
         if config.data is not None:
             raise ValueError("data is for --checkpoints; the digits come with scikit-learn.")

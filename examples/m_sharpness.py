@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from shared import axes_of_runs
 from tqdm import tqdm
 
 import ssam_jax
@@ -172,9 +173,7 @@ def make_trainer(config: Config, method: Method, data: digits.Data, mesh: Mesh) 
 
         return jax.lax.scan(body, carry, rows)
 
-    # Counters stay out of the vmap, so that "is it time to renew the mask?" is asked once for all runs.
-    counters = lambda leaf: None if leaf.shape == () and leaf.dtype == jnp.int32 else 0  # noqa: E731
-    axes = jax.tree.map(counters, jax.eval_shape(init, jnp.int32(0)))
+    axes = axes_of_runs(jax.eval_shape(init, jnp.int32(0)))
     everywhere, by_example = PartitionSpec(), PartitionSpec(None, None, AXIS)
     epochs = jax.vmap(epoch, in_axes=(axes, 0, None, None, 0), out_axes=(axes, 0))
     if method.per_device:

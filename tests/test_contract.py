@@ -13,8 +13,6 @@ import ssam_jax
 from ssam_jax import NM, Structured, Unstructured
 
 REFRESH = 7
-# What is compiled here runs twenty tiny steps, so that compiling well does not pay.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 STEPS = len(tiny.BATCHES)
 SIZE = sum(leaf.size for leaf in jax.tree.leaves(tiny.PARAMS))
 
@@ -90,9 +88,9 @@ def test_every_rule_keeps_the_contract_with_every_pattern(rule, pattern, base):
         return optax.chain(ssam_jax.ssam(rho=0.1, mask=RULES[rule, pattern](seed)), BASES[base]())
 
     tx = make(0)
-    init = quick_jit(lambda seed: make(seed).init(tiny.params()))
+    init = jax.jit(lambda seed: make(seed).init(tiny.params()))
     check_abstract_init_agrees_with_the_real_one(tx, init(0))
-    step = quick_jit(tiny.step_of(tx), donate_argnums=(0, 1))
+    step = jax.jit(tiny.step_of(tx), donate_argnums=(0, 1))
     runs = [loop(step, init(seed)) for seed in (0, 1)]
     assert step._cache_size() == 1
     check_a_jitted_step_equals_a_plain_one(tx, runs[0])
@@ -164,7 +162,7 @@ def check_a_vmapped_scan_equals_the_loops(tx, init, runs):
         return jax.lax.scan(body, (params, state), jnp.array(tiny.BATCHES))[0]
 
     states = jax.tree.map(lambda *x: jnp.stack(x), init(0), init(1))
-    ends = quick_jit(jax.vmap(train, in_axes=(None, 0)))(tiny.params(), states)
+    ends = jax.jit(jax.vmap(train, in_axes=(None, 0)))(tiny.params(), states)
     for i, run in enumerate(runs):
         tiny.assert_close(jax.tree.map(lambda x, i=i: x[i], ends), run[-1])
 

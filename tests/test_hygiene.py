@@ -14,7 +14,6 @@ import ssam_jax
 from ssam_jax import NM, Structured, Unstructured
 
 TWO_OF_FOUR, HALF = NM(2, 4), Unstructured(0.5)
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TENSOR = Structured(0.5)
 EVERY = 2  # steps to a refresh
 RULES = {
@@ -87,8 +86,8 @@ class Training:
             return optax.apply_updates(params, updates), state
 
         self.plain = step
-        self.init = quick_jit(self.tx.init)
-        self.step = quick_jit(step, static_argnames="active", donate_argnums=(0, 1))
+        self.init = jax.jit(self.tx.init)
+        self.step = jax.jit(step, static_argnames="active", donate_argnums=(0, 1))
 
     def check_leaks(self, params, state, batch, active):
         """Trace a step where JAX looks for tracers that outlive it; elsewhere it would compile all anew."""
@@ -194,9 +193,9 @@ def test_exact_scores_and_a_mask_from_them_pass_every_guard_of_jax(dtype):
     with guarded(dtype):
         params = jax.tree.map(lambda p: jnp.array(p, dtype), tiny.PARAMS)
         tx = chained()(RULES["set by hand"]())
-        state, batch = quick_jit(tx.init)(params), jnp.array(tiny.BATCHES[0], dtype)
+        state, batch = jax.jit(tx.init)(params), jnp.array(tiny.BATCHES[0], dtype)
 
-        @quick_jit
+        @jax.jit
         def refresh(params, state, batch):
             scores = ssam_jax.empirical_fisher(loss, params, batch, chunk_size=2)
             state = ssam_jax.set_mask(state, TENSOR(scores))

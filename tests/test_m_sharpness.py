@@ -33,8 +33,6 @@ EVERYWHERE, BY_EXAMPLE, IN_STEPS = PartitionSpec(), PartitionSpec(AXIS), Partiti
 PARAMS = {"first": tiny.PARAMS["first"]["kernel"], "second": tiny.PARAMS["second"]["kernel"]}
 SIZE = sum(leaf.size for leaf in PARAMS.values())
 
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def loss(params, batch):
     return jnp.mean(jnp.square(jnp.tanh(batch @ params["first"]) @ params["second"] - 1))
@@ -71,13 +69,13 @@ def mapped(step, devices, batch_spec=IN_STEPS):
 @functools.cache
 def renewal(name):
     rule = RULES[name]
-    return quick_jit(lambda state, params, mean, step: rule.update(state, params, None, mean, step))
+    return jax.jit(lambda state, params, mean, step: rule.update(state, params, None, mean, step))
 
 
 @functools.cache
 def loop_over_parts(name, parts, ascent_steps=1):
     """Take the steps by hand, one part of the batch after the other, on one device."""
-    gradient, renew = quick_jit(jax.grad(loss)), renewal(name)
+    gradient, renew = jax.jit(jax.grad(loss)), renewal(name)
     params = jax.tree.map(jnp.array, PARAMS)
     state = RULES[name].init(params)
     for number, batch in enumerate(BATCHES):
@@ -108,7 +106,7 @@ def test_steps_per_device_equal_a_loop_over_the_parts_and_masks_are_the_same_eve
 ):
     params, tx = jax.tree.map(jnp.array, PARAMS), optimizer(RULES[name], ascent_steps=ascent_steps)
     steps = steps_of(per_device_step(loss, tx))
-    params, state, _ = quick_jit(mapped(steps, devices))(params, tx.init(params), jnp.asarray(BATCHES))
+    params, state, _ = jax.jit(mapped(steps, devices))(params, tx.init(params), jnp.asarray(BATCHES))
 
     expected, rule_state = loop_over_parts(name, devices, ascent_steps)
     tiny.assert_close(params, expected)
@@ -125,7 +123,7 @@ def test_the_ordinary_program_synchronises_and_does_another_step():
     params = jax.tree.map(jnp.array, PARAMS)
     batches = jax.device_put(BATCHES, NamedSharding(mesh_of(8), PartitionSpec(None, AXIS)))
     everywhere = NamedSharding(mesh_of(8), EVERYWHERE)
-    spread, state, _ = quick_jit(steps, out_shardings=everywhere)(params, tx.init(params), batches)
+    spread, state, _ = jax.jit(steps, out_shardings=everywhere)(params, tx.init(params), batches)
     expected, rule_state = loop_over_parts("fisher 2:4", 1)
     tiny.assert_close(spread, expected)
     tiny.assert_close(state[0].mask_state, rule_state)
@@ -135,7 +133,7 @@ def test_the_ordinary_program_synchronises_and_does_another_step():
 
 def all_reduced(fn, *args):
     """Return how many entries a compiled program's all-reduces hold, and its other collectives."""
-    text = quick_jit(fn).lower(*args).compile().as_text()
+    text = jax.jit(fn).lower(*args).compile().as_text()
     shapes = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
     dims = [dims for shape in shapes for dims in re.findall(r"\w+\[([\d,]*)\]", shape)]
     others = re.findall(r" (all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
@@ -182,7 +180,7 @@ def test_an_undeclared_copy_would_synchronise_the_ascent_gradient_unasked():
         return jax.lax.pmean(own, AXIS), jax.grad(loss)(params, part)
 
     specs = {"in_specs": (EVERYWHERE, BY_EXAMPLE), "out_specs": EVERYWHERE}
-    mean, unasked = quick_jit(jax.shard_map(gradients, mesh=mesh_of(4), **specs))(
+    mean, unasked = jax.jit(jax.shard_map(gradients, mesh=mesh_of(4), **specs))(
         jax.tree.map(jnp.array, PARAMS), BATCHES[0]
     )
     tiny.assert_close(unasked, jax.tree.map(lambda g: 4 * g, mean))
@@ -232,7 +230,7 @@ def test_the_fast_road_per_device_equals_two_gradients_and_reduces_one(ascent_st
     average, own = functools.partial(jax.lax.pmean, axis_name=AXIS), functools.partial(varying, axis=AXIS)
     fast = mapped(per_device_step(stacked_loss, tx, active=active), 2, BY_EXAMPLE)
     plain = mapped(plain_step(stacked_loss, tx, average, own, ascent_steps), 2, BY_EXAMPLE)
-    for actual, expected in zip(*(quick_jit(step)(params, state, BATCHES[0]) for step in (fast, plain))):
+    for actual, expected in zip(*(jax.jit(step)(params, state, BATCHES[0]) for step in (fast, plain))):
         tiny.assert_close(actual, expected)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert all_reduced(fast, params, state, BATCHES[0]) == (size + 1, [])
@@ -247,7 +245,7 @@ def test_parts_of_any_size_are_a_vmap_of_the_step_in_the_ordinary_program():
     )
     one_part = plain_step(loss, tx, functools.partial(jax.lax.pmean, axis_name="part"))
     step = jax.vmap(one_part, in_axes=(None, None, 0), out_axes=None, axis_name="part")
-    after, state, _ = quick_jit(steps_of(step))(params, tx.init(params), jnp.asarray(parts))
+    after, state, _ = jax.jit(steps_of(step))(params, tx.init(params), jnp.asarray(parts))
     expected, rule_state = loop_over_parts("fisher 2:4", 8)
     tiny.assert_close(after, expected)
     tiny.assert_close(state[0].mask_state, rule_state)
@@ -272,7 +270,7 @@ def test_an_ascent_on_a_part_of_each_device_s_rows_moves_no_row():
     args = (*jax.device_put((params, state), everywhere), jax.device_put(BATCHES[0], by_example))
     assert all_reduced(step, *args) == (2 * SIZE, [])
 
-    after, _ = quick_jit(step)(*args)
+    after, _ = jax.jit(step)(*args)
     rows = BATCHES[0][[0, 1, 4, 5, 8, 9, 12, 13]]
     grads = jax.grad(loss)(params, rows)
     norm = math.sqrt(sum(float((np.asarray(g) ** 2).sum()) for g in jax.tree.leaves(grads)))

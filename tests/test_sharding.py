@@ -1,7 +1,6 @@
 """Sharded parameters: masks lie where the parameters lie, and nothing of their size moves."""
 
 import contextlib
-import functools
 import os
 
 import hlo
@@ -20,7 +19,6 @@ from ssam_jax.active import FirstRow
 from ssam_jax.masks import packing
 
 P = PartitionSpec
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 PARAMS = {
     "bias": np.sin(np.arange(1, 17, dtype=np.float32)),
@@ -128,7 +126,7 @@ def refreshed(layout, keys, kind=AxisType.Auto):
 
     states = {key: placed(before_refresh(rule), params) for key, rule in rules.items()}
     with mesh_context(mesh_of(layout, kind)):
-        program = quick_jit(step).lower(states, params, grads).compile()
+        program = jax.jit(step).lower(states, params, grads).compile()
         return program(states, params, grads), program.as_text()
 
 
@@ -177,7 +175,7 @@ def test_the_first_mask_lies_with_the_parameters_and_is_that_of_one_device(rule,
     tx, params = ssam_jax.ssam(0.1, rule), sharded(PARAMS, "2x4", kind)
     expected = tx.init(PARAMS)
     with mesh_context(mesh_of("2x4", kind)):
-        states = [tx.init(params), quick_jit(tx.init)(params)]
+        states = [tx.init(params), jax.jit(tx.init)(params)]
     for state in states:
         tiny.assert_same(state, expected)
         check_lies_with(state.mask_state.mask, params)
@@ -191,7 +189,7 @@ def abstract(params):
 
 def test_drawing_the_first_mask_moves_scalars_alone_and_makes_nothing_whole():
     tx, params = ssam_jax.ssam(0.1, RULES["fisher", "global"](0)), sharded(PARAMS, "8")
-    program = quick_jit(tx.init).lower(abstract(params)).compile()
+    program = jax.jit(tx.init).lower(abstract(params)).compile()
     assert max(size for _, size in hlo.communicated(program.as_text())) <= SMALL
     assert max(hlo.element_counts(program.as_text())) <= SHARD
     for tree in (program.output_shardings.mask_state.bits, program.output_shardings.mask_state.scores):
@@ -203,7 +201,7 @@ def test_abstract_init_takes_any_shardings():
     mesh, params = mesh_of("2x4"), sharded(PARAMS, "2x4")
     shapes = jax.eval_shape(tx.init, abstract(params))
     wanted = jax.tree.map(lambda x: NamedSharding(mesh, P("tensor", "fsdp") if x.ndim == 2 else P()), shapes)
-    state = quick_jit(tx.init, out_shardings=wanted)(params)
+    state = jax.jit(tx.init, out_shardings=wanted)(params)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, wanted))
     tiny.assert_same(state, tx.init(PARAMS))
 
@@ -264,7 +262,7 @@ def test_steps_are_those_of_one_device_and_move_what_the_loss_moves(layout, rule
     params = sharded(PARAMS, layout)
     mesh = params["kernel"].sharding.mesh
     batches = jax.device_put(BATCHES, NamedSharding(mesh, P(None, "fsdp")))
-    by_hand = quick_jit(sam_by_hand).lower(params, params, batches[0]).compile()
+    by_hand = jax.jit(sam_by_hand).lower(params, params, batches[0]).compile()
     (moved, state), text = ends(step_of(tx), params, tx.init(params), batches)
     tiny.assert_close((moved, state), expected)
     for tree in (moved, ssam_jax.get_mask(state), state[1][0].trace):
@@ -275,7 +273,7 @@ def test_steps_are_those_of_one_device_and_move_what_the_loss_moves(layout, rule
 def ends(step, params, state, batches):
     """Return where some donating steps lead, compiled once, and the program's text."""
     # A function of its own: jit counts what it has compiled by function.
-    compiled = quick_jit(lambda *args: step(*args), donate_argnums=(0, 1))
+    compiled = jax.jit(lambda *args: step(*args), donate_argnums=(0, 1))
     text = compiled.lower(params, state, batches[0]).compile().as_text()
     for batch in batches:
         params, state = compiled(params, state, batch)
@@ -297,7 +295,7 @@ def test_alternating_and_a_replaced_mask_keep_their_places():
         tiny.assert_same(ssam_jax.get_mask(state), chosen)
         check = check_lies_with if len(params["kernel"].sharding.device_set) > 1 else lambda *_: None
         check(ssam_jax.get_mask(state), params)
-        under_jit = quick_jit(lambda s: ssam_jax.set_mask(s, chosen))(state)
+        under_jit = jax.jit(lambda s: ssam_jax.set_mask(s, chosen))(state)
         check(ssam_jax.get_mask(under_jit), params)
         return ends(step, params, state, batches)[0]
 
@@ -314,7 +312,7 @@ def test_seeds_can_be_mapped_over_sharded_parameters():
         return ssam_jax.ssam(0.1, ssam_jax.random_mask(NM(2, 4), seed=seed)).init(params)
 
     params = sharded(PARAMS, "2x4")
-    states = quick_jit(jax.vmap(init))(jnp.arange(2))
+    states = jax.jit(jax.vmap(init))(jnp.arange(2))
     params = PARAMS
     tiny.assert_same(jax.tree.map(lambda x: x[1], states), init(1))
 
@@ -331,8 +329,8 @@ def test_groups_and_blocks_that_straddle_devices_are_those_of_one_device(kind):
     scores = np.sin(np.arange(256, dtype=np.float32)).reshape(16, 16)
     for pattern, spec in ((NM(2, 4), P(None, "i")), (Structured(0.5, "block", block=(4, 4)), P("i"))):
         x = on_eight(scores, spec, kind)  # two entries on each device
-        mask = quick_jit(pattern)(x)
-        np.testing.assert_array_equal(mask, quick_jit(pattern)(scores))
+        mask = jax.jit(pattern)(x)
+        np.testing.assert_array_equal(mask, jax.jit(pattern)(scores))
         if kind == AxisType.Explicit:
             assert mask.sharding.is_equivalent_to(x.sharding, 2)
 
@@ -348,7 +346,7 @@ def test_an_axis_that_the_mesh_does_not_divide_is_padded_by_the_compiler_or_refu
 
     everywhere = NamedSharding(uneven.mesh, P())
     np.testing.assert_array_equal(
-        quick_jit(select, out_shardings=everywhere)(scores), quick_jit(Unstructured(0.5))(scores)
+        jax.jit(select, out_shardings=everywhere)(scores), jax.jit(Unstructured(0.5))(scores)
     )
 
 
@@ -359,7 +357,7 @@ def test_layers_of_a_sharded_stack_are_chosen_along_its_first_axis(kind):
         "by layer": on_eight(weights, P("i"), kind),
         "within": on_eight(-weights, P(None, None, "i"), kind),
     }
-    mask = quick_jit(Structured(0.5, "channel", axis=0))(params)
+    mask = jax.jit(Structured(0.5, "channel", axis=0))(params)
     assert np.ravel(mask["by layer"]).all() and not np.ravel(mask["within"]).any()
     if kind == AxisType.Explicit:
         check_lies_with(mask, params)
@@ -392,13 +390,13 @@ def test_rows_of_an_explicitly_sharded_stack_can_be_active(row):
         value, grads, grad_fn = two_pass_value_and_grad(loss_fn)(params, x, active=(True, FirstRow(row)))
         return value, grads, grad_fn(params, 0)
 
-    expected = quick_jit(lambda p, x: passes(p, x, lambda w: w))(params, x)
+    expected = jax.jit(lambda p, x: passes(p, x, lambda w: w))(params, x)
 
     def whole(stack):
         return shardings.reshard(stack, NamedSharding(jax.typeof(stack).sharding.mesh, P()))
 
     with mesh_context(mesh):
-        actual = quick_jit(lambda p, x: passes(p, x, whole))(spread, on_eight(x, P(), AxisType.Explicit))
+        actual = jax.jit(lambda p, x: passes(p, x, whole))(spread, on_eight(x, P(), AxisType.Explicit))
     tiny.assert_close(actual, expected)
     for grads in actual[1:]:
         check_lies_with(grads, spread)

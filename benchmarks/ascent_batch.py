@@ -19,7 +19,7 @@ from tqdm import tqdm
 from two_pass import loss_of, optimizer, sgd_step, stepped
 
 from ssam_jax import explain_two_pass, two_pass_value_and_grad
-from ssam_jax.active import Active
+from ssam_jax.two_pass.active import Active
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import suite
 from suite import Record, markdown
 from timing import medians
 
-from ssam_jax.convolutions import loop_ready
+from ssam_jax.sharpness.convolutions import loop_ready
 
 SEEDS = (0,)
 TIMED = True

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from ssam_jax.active import Active, FirstRow
-from ssam_jax.trees import leaf_paths, map_with_path
+from ssam_jax._base.trees import leaf_paths, map_with_path
+from ssam_jax.two_pass.active import Active, FirstRow
 
 CLASSES = 10
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import ssam_jax
 from ssam_jax import explain_two_pass
-from ssam_jax.active import Active, FirstRow
+from ssam_jax.two_pass.active import Active, FirstRow
 
 SEEDS = (0, 1)
 TIMED = True

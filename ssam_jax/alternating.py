@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssam_jax import shardings, trees
-from ssam_jax.masks.rules import OTHER_STATE, MaskRule
-from ssam_jax.perturbation import Normalize, perturb
-from ssam_jax.state import SsamState
-from ssam_jax.transform import (
+from ssam_jax._base import shardings, trees
+from ssam_jax.ascent.ball import Normalize, perturb
+from ssam_jax.masks.rule import OTHER_STATE, MaskRule
+from ssam_jax.sam import (
     advance,
     check_options,
     check_state,
@@ -19,6 +18,7 @@ from ssam_jax.transform import (
     mask_in,
     radius_at,
 )
+from ssam_jax.state import SsamState
 from ssam_jax.typing import Gradients, Params, Scalar, Schedule
 
 

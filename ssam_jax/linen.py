@@ -10,8 +10,8 @@ import optax
 from flax.training import train_state
 
 import ssam_jax
-from ssam_jax.active import Active
-from ssam_jax.checks import check_choice, check_loss, loss_and_aux
+from ssam_jax._base.checks import check_choice, check_loss, loss_and_aux
+from ssam_jax.two_pass.active import Active
 from ssam_jax.typing import GradFn, Gradients, Mask, Params
 
 

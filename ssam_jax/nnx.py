@@ -10,9 +10,9 @@ from flax import nnx
 from flax.nnx import filterlib
 
 import ssam_jax
-from ssam_jax import trees
-from ssam_jax.active import Active
-from ssam_jax.checks import loss_and_aux
+from ssam_jax._base import trees
+from ssam_jax._base.checks import loss_and_aux
+from ssam_jax.two_pass.active import Active
 from ssam_jax.typing import Gradients, Mask, Params
 
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssam_jax import shardings, trees
-from ssam_jax.active import Active, FirstRow
+from ssam_jax._base import shardings, trees
 from ssam_jax.masks import packing
-from ssam_jax.masks.rules import check_bools, mask_churn
+from ssam_jax.masks.rule import check_bools, mask_churn
+from ssam_jax.two_pass.active import Active, FirstRow
 from ssam_jax.typing import Mask
 
 

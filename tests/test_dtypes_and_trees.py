@@ -185,7 +185,7 @@ def test_a_parameter_in_a_box_of_flax_goes_by_the_name_of_the_box():
 
     params = {"layer": {"bias": box(ones(4)), "kernel": box(ones(2, 4)), "value": ones(4)}, "value": ones()}
     names = ["layer/bias", "layer/kernel", "layer/value", "value"]
-    assert ssam_jax.trees.leaf_paths(params) == names
+    assert ssam_jax._base.trees.leaf_paths(params) == names
     tx = ssam_jax.ssam(0.1, ssam_jax.fixed_mask(lambda path: path == "layer/bias"))
     assert ssam_jax.active_leaves(tx.init(params)) == (True, False, False, False)
 

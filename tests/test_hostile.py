@@ -28,7 +28,7 @@ import ssam_jax
 import ssam_jax.linen
 import ssam_jax.nnx
 from ssam_jax import NM, FirstRow, MaskRule, Structured, Unstructured
-from ssam_jax.checks import check_takes
+from ssam_jax._base.checks import check_takes
 
 NAN = float("nan")
 HALF = Unstructured(0.5)

@@ -14,9 +14,10 @@ import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ssam_jax
-from ssam_jax import NM, Structured, Unstructured, shardings, two_pass_value_and_grad
-from ssam_jax.active import FirstRow
+from ssam_jax import NM, Structured, Unstructured, two_pass_value_and_grad
+from ssam_jax._base import shardings
 from ssam_jax.masks import packing
+from ssam_jax.two_pass.active import FirstRow
 
 P = PartitionSpec
 

@@ -16,7 +16,7 @@ import pytest
 from training import models
 
 from ssam_jax import explain_two_pass, two_pass_value_and_grad
-from ssam_jax.trees import leaf_paths, map_with_path
+from ssam_jax._base.trees import leaf_paths, map_with_path
 
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 

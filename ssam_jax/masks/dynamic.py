@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ssam_jax import checks, shardings
+from ssam_jax._base import checks, shardings
 from ssam_jax.masks import packing, selection
 from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern
-from ssam_jax.masks.rules import (
+from ssam_jax.masks.rule import (
     MaskRule,
     as_key,
     check_mask_state,

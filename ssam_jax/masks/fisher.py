@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssam_jax import checks, shardings, trees
+from ssam_jax._base import checks, shardings, trees
 from ssam_jax.masks import packing
 from ssam_jax.masks.patterns import Pattern
-from ssam_jax.masks.rules import (
+from ssam_jax.masks.rule import (
     OTHER_STATE,
     MaskRule,
     check_mask_state,

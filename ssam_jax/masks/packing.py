@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssam_jax import shardings, trees
+from ssam_jax._base import shardings, trees
 from ssam_jax.typing import Mask
 
 AXES = {8: -1, 16: -2, 32: -3}

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ssam_jax import shardings, trees
-from ssam_jax.checks import check_choice, kind, named
+from ssam_jax._base import shardings, trees
+from ssam_jax._base.checks import check_choice, kind, named
 from ssam_jax.masks import selection
 from ssam_jax.typing import Mask, Params, Scores
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ssam_jax import convolutions, shardings, trees
-from ssam_jax.checks import check_takes
+from ssam_jax._base import shardings, trees
+from ssam_jax._base.checks import check_takes
+from ssam_jax.sharpness import convolutions
 from ssam_jax.typing import Gradients, Params
 
 PROGRAMS = 16

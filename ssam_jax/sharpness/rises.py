@@ -7,10 +7,10 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from ssam_jax import shardings, trees
-from ssam_jax.checks import check_choice
-from ssam_jax.masks.rules import check_mask
-from ssam_jax.perturbation import Normalize, apply_mask, asam_scale
+from ssam_jax._base import shardings, trees
+from ssam_jax._base.checks import check_choice
+from ssam_jax.ascent.ball import Normalize, apply_mask, asam_scale
+from ssam_jax.masks.rule import check_mask
 from ssam_jax.sharpness import objective as obj
 from ssam_jax.sharpness import progress as bars
 from ssam_jax.sharpness.arguments import above_zero, at_least_one, seed_of

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssam_jax import trees
+from ssam_jax._base import trees
 from ssam_jax.sharpness import objective as obj
 from ssam_jax.sharpness import progress as bars
 from ssam_jax.sharpness.arguments import offsets_of, seed_of

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ssam_jax import shardings
+from ssam_jax._base import shardings
 from ssam_jax.typing import Params
 
 

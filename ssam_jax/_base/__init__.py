@@ -1,0 +1,1 @@
+"""What every other module may use: checks, trees, shardings, traced programs."""

@@ -1,0 +1,117 @@
+"""Pytree helpers that every other module may use; they know nothing of masks or SAM."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+
+from ssam_jax._base import checks
+
+
+def leaf_paths(tree: chex.ArrayTree) -> list[str]:
+    """Return the path of each leaf, such as ``"params/Dense_0/kernel"``, in flattening order."""
+    return [path_name(path) for path, _ in tree_flatten_with_path(tree)[0]]
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Return a key path as one string, its parts joined by ``/``.
+
+    A last attribute ``value`` is left out: it is the array in one of Flax's boxes (``nnx.Variable``,
+    ``nn.Partitioned``), and the name is the box's.
+    """
+    boxed = len(path) > 1 and path[-1] == GetAttrKey("value")
+    return keystr(path[:-1] if boxed else path, simple=True, separator="/")
+
+
+def map_with_path(fn: Callable[..., Any], tree: chex.ArrayTree, *rest: chex.ArrayTree) -> Any:
+    """Map ``fn(path, leaf, *leaves)`` over trees of one structure, with the path as a string."""
+    return jax.tree_util.tree_map_with_path(lambda p, *leaves: fn(path_name(p), *leaves), tree, *rest)
+
+
+SPLIT = "split the other leaves off first, for instance with equinox.partition or nnx.split"
+"""What to do about parameters that are no real floats."""
+
+
+def check_floating(tree: chex.ArrayTree, name: str, remedy: str = SPLIT) -> None:
+    """Raise TypeError, naming the leaf, unless every leaf is a real floating-point array."""
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        if not checks.is_kind(leaf, jnp.floating):
+            raise TypeError(
+                f"{name} must hold real floating-point arrays, but the leaf {path_name(path)!r} is"
+                f" {checks.named(checks.kind(leaf))}; {remedy}."
+            )
+
+
+def check_not_partial(tree: chex.ArrayTree) -> None:
+    """Raise ValueError if optax.masked or optax.multi_transform has taken leaves out of ``tree``."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(
+            "ssam sees only a part of the parameters here, as inside optax.masked or"
+            " optax.multi_transform, and grad_fn needs all of them. Put ssam outside, first in the"
+            " chain, and choose the leaves to perturb with"
+            " ssam(..., mask=ssam_jax.fixed_mask(predicate)) instead."
+        )
+
+
+def check_same_structure(tree: Any, like: Any, name: str, like_name: str, remedy: str = "") -> None:
+    """Raise ValueError, ending in a remedy if one is given, unless both trees have one structure."""
+    structure: Any = jax.tree.structure(tree)
+    expected: Any = jax.tree.structure(like)
+    if structure != expected:
+        raise ValueError(
+            f"{name} must have the tree structure of {like_name}: expected {expected}, got {structure}."
+            f"{remedy and ' '}{remedy}"
+        )
+
+
+def check_same_shapes(tree: Any, like: Any, name: str, like_name: str, remedy: str = "") -> None:
+    """Raise ValueError, naming the first leaf that differs, unless structure and shapes agree."""
+    check_same_structure(tree, like, name, like_name, remedy)
+    for path, leaf, other in zip(leaf_paths(like), jax.tree.leaves(tree), jax.tree.leaves(like)):
+        if jnp.shape(leaf) != jnp.shape(other):
+            raise ValueError(
+                f"{name} must have the shapes of {like_name}: the leaf {path!r} should be"
+                f" {jnp.shape(other)}, got {jnp.shape(leaf)}.{remedy and ' '}{remedy}"
+            )
+
+
+def check_same_dtypes(tree: chex.ArrayTree, like: chex.ArrayTree, name: str, like_name: str) -> None:
+    """Raise TypeError, naming the first leaf that differs, unless trees of one structure agree in dtypes."""
+    for path, leaf, other in zip(leaf_paths(like), jax.tree.leaves(tree), jax.tree.leaves(like)):
+        found, expected = checks.kind(leaf), checks.kind(other)
+        if found != expected:
+            raise TypeError(
+                f"{name} must have the dtypes of {like_name}: the leaf {path!r} should be"
+                f" {checks.named(expected)}, got {checks.named(found)}."
+            )
+
+
+def wide_dtype(*arrays: Any) -> Any:
+    """Return the dtype to compute in: float32, or float64 if any of the arrays has it."""
+    return jnp.float64 if any(jnp.result_type(x) == jnp.float64 for x in arrays) else jnp.float32
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """Return ``x`` in float32, or in float64 if that is what it is."""
+    return x.astype(wide_dtype(x))
+
+
+def global_norm(tree: chex.ArrayTree) -> jax.Array:
+    """Return the l2 norm over all leaves, a scalar accumulated in float32 whatever their dtypes.
+
+    With a float64 leaf it is accumulated in float64. An empty tree has norm 0.
+    """
+    leaves = jax.tree.leaves(tree)
+    dtype = wide_dtype(*leaves)
+    squares = (jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in leaves)
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), dtype)))
+
+
+def where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
+    """Choose between two trees of one structure by a scalar bool, without control flow."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)

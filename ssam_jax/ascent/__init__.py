@@ -1,0 +1,1 @@
+"""The ascent: which way, how far, and in which norm."""

@@ -1,0 +1,1 @@
+"""Both gradients of a step from one trace of the loss."""

@@ -1,0 +1,1 @@
+"""The implicit form: a first backward pass with masked weights."""

@@ -1,0 +1,385 @@
+"""Which values of a traced loss are weights: facts about them, and how equations pass the facts on.
+
+A contraction multiplies a weight with an activation, and the implicit form must know which is which.
+Each value that depends on a parameter carries a `Fact`; a value without one depends on none (the batch,
+a key, a constant, and what is computed from them, integers and bools always). Everything here is static:
+it needs the equations and the facts, no values. The rules, for one equation:
+
+- A view (a cast, a transpose, a slice, a concatenation, a choice between parts, a multiplication by what
+  depends on no parameter) shows the same weight: its mask is followed.
+- Any other function of parameters alone is still a weight, but its mask is lost. That is harmless unless
+  it comes to a contraction.
+- A contraction makes an activation. So does adding a weight that was broadcast or looked up, as a bias or
+  an embedding is, and multiplying by a vector that was broadcast, as the scale of a normalisation is.
+- Any other mixture of a weight and an activation is either of the two, with the mask lost.
+
+What looked up or broadcast parameters are, the contraction tells: beside a plain weight they are its
+input (tokens, learned queries), beside an activation they are its weight (the experts of a mixture).
+"""
+
+import dataclasses
+import enum
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssam_jax._base import tracing
+
+
+class Role(enum.IntEnum):
+    """What a value is to a contraction: of two operands, the one with the lower role is the weight."""
+
+    PARAMETER = 0
+    EITHER = 1
+    ACTIVATION = 2
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["mask"],
+    meta_fields=["role", "reached", "live", "path", "zero", "lost", "bias"],
+)
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """What is known of a value that depends on parameters: a pytree whose one leaf is the mask.
+
+    Attributes:
+      role: weight, activation or what cannot be told yet.
+      reached: the paths of the parameters that it depends on.
+      live: those of them to which its gradient flows; from the others every path is cut by a mask that is
+        False throughout.
+      path: a parameter with a mask that the value is a function of, as a weight; None if there is none.
+      mask: bool array that broadcasts against the value, True where it is kept; None if there is no mask,
+        if ``zero`` or ``lost``, and wherever facts are passed on without values.
+      zero: whether the mask is known to be False throughout.
+      lost: the equation, and where it stands, that made the mask impossible to follow; None if followed.
+      bias: whether the value has been broadcast from a vector or a number.
+    """
+
+    role: Role
+    reached: frozenset[str]
+    live: frozenset[str]
+    path: str | None = None
+    mask: Any = None
+    zero: bool = False
+    lost: str | None = None
+    bias: bool = False
+
+    @property
+    def followed(self) -> bool:
+        """Whether there is a mask and it is known."""
+        return self.path is not None and self.lost is None
+
+
+Facts: TypeAlias = Sequence[Fact | None]
+
+
+def _names(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+CONTRACTIONS = _names("dot_general conv_general_dilated ragged_dot_general")
+"""Products of the first two operands."""
+
+CHECKPOINTS = _names("remat2 checkpoint")
+
+SAME = _names(
+    "convert_element_type reduce_precision copy copy_p neg stop_gradient name device_put sharding_constraint"
+    " optimization_barrier pvary pcast"
+)
+"""Views that leave every entry in its place."""
+
+MOVES = _names(
+    "transpose reshape broadcast_in_dim squeeze expand_dims slice dynamic_slice dynamic_update_slice rev"
+    " split gather concatenate select_n pad all_gather"
+)
+"""Views that move entries or choose among them: what they do to the values, they do to the masks."""
+
+ELEMENTWISE = _names("add add_any sub mul div max min rem pow atan2 nextafter select_n clamp complex")
+"""Equations that may broadcast an operand, and mix its entries with those of another."""
+
+JOINS = _names("add add_any sub concatenate")
+"""Where a weight that was broadcast or looked up becomes part of an activation."""
+
+HARMLESS = _names(
+    "scatter scatter_add scatter_mul scatter_min scatter_max sort psum psum_invariant psum2 igamma igammac"
+    " random_gamma_grad zeta polygamma regularized_incomplete_beta"
+)
+"""Other equations of several operands that are no products."""
+
+NO_PRODUCTS = SAME | MOVES | ELEMENTWISE | HARMLESS
+
+
+def weight_fact(path: str, mask: Any = True) -> Fact:
+    """Return the fact about a parameter itself.
+
+    Args:
+      path: names the parameter in messages.
+      mask: a bool, or a bool array that broadcasts against the parameter: True for the entries that stay
+        in the backward pass. If its values are known while tracing, True throughout is no mask, and False
+        throughout lets the compiler drop the product. Those of a traced array are not known.
+
+    Raises:
+      TypeError: the mask is not of dtype bool.
+    """
+    if jnp.result_type(mask) != jnp.bool_:
+        raise TypeError(f"the mask of {path!r} must be of dtype bool, got {jnp.result_type(mask)}.")
+    fact = Fact(Role.PARAMETER, frozenset([path]), frozenset([path]), path)
+    if not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True):
+        entries = np.asarray(mask)
+        if entries.all():
+            return dataclasses.replace(fact, path=None)
+        if not entries.any():
+            return dataclasses.replace(fact, zero=True)
+    return dataclasses.replace(fact, mask=jnp.asarray(mask))
+
+
+def cut_leaves(fact: Fact | None) -> list[str]:
+    """Return the parameters whose gradient is zero because masks cut every path to them, sorted.
+
+    Args:
+      fact: about the loss.
+    """
+    return sorted(fact.reached - fact.live) if fact else []
+
+
+def flow(jaxpr: tracing.Equations, facts: Facts, masked: bool) -> list[Fact | None]:
+    """Pass facts on from ``jaxpr.invars`` to ``jaxpr.outvars``, without their masks.
+
+    Args:
+      jaxpr: equations.
+      facts: one for each of the ``invars``, or None.
+      masked: whether contractions are masked. If not, nothing is cut.
+    """
+
+    def rule(eqn: tracing.Equation, operands: list[Any]) -> list[Fact | None]:
+        return passed_on(eqn, [x if isinstance(x, Fact) else None for x in operands], masked)
+
+    outcome = tracing.interpret(jaxpr, [None] * len(jaxpr.constvars), facts, rule)
+    return [x if isinstance(x, Fact) else None for x in outcome]
+
+
+def passed_on(eqn: tracing.Equation, facts: Facts, masked: bool) -> list[Fact | None]:
+    """Pass facts on from the operands of one equation to its results, without their masks."""
+    name, body = eqn.primitive.name, tracing.inlined_body(eqn)
+    known = [fact for fact in facts if fact]
+    if not eqn.outvars:  # a callback
+        return []
+    if not any(fact.role < Role.ACTIVATION for fact in known):
+        results: Facts = [_activation(known) if known else None] * len(eqn.outvars)
+    elif body is not None:
+        results = flow(body.jaxpr, facts, masked)
+    elif name in CHECKPOINTS:
+        results = [_lost(fact, eqn) for fact in flow(eqn.params["jaxpr"], facts, masked)]
+    elif name == "cond":
+        branches = [flow(branch.jaxpr, facts[1:], masked) for branch in eqn.params["branches"]]
+        results = [_any_of(eqn, outcomes) for outcomes in zip(*branches)]
+    elif name == "scan":
+        _, results = scanned(eqn, facts, masked)
+    elif name == "optimization_barrier":
+        results = facts
+    elif is_view(eqn, facts):
+        results = [_viewed(eqn, facts)] * len(eqn.outvars)
+    elif may_contract(eqn):
+        results = [_product(eqn, facts, masked)] * len(eqn.outvars)
+    else:
+        results = [_mixed(eqn, facts)] * len(eqn.outvars)
+    return [
+        _without_mask(fact) if tracing.is_inexact(var) else None for fact, var in zip(results, eqn.outvars)
+    ]
+
+
+def scanned(eqn: tracing.Equation, facts: Facts, masked: bool) -> tuple[list[Fact | None], list[Fact | None]]:
+    """Return the facts about the carry that enter the body of a scan, and those about the results."""
+    consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    carry = [_lost(fact, eqn) for fact in facts[consts : consts + carried]]
+    while True:
+        inner = [*facts[:consts], *carry, *facts[consts + carried :]]
+        outcome = [_lost(fact, eqn) for fact in flow(eqn.params["jaxpr"].jaxpr, inner, masked)]
+        grown = [_any_of(eqn, pair) for pair in zip(carry, outcome)]
+        if grown == carry:
+            break
+        carry = grown
+    left = [  # after the last step what entered the first is live only if the body lets it through
+        dataclasses.replace(fact, live=last.live) if fact and last and eqn.params["length"] else fact
+        for fact, last in zip(carry, outcome)
+    ]
+    return carry, [*left, *outcome[carried:]]
+
+
+def is_view(eqn: tracing.Equation, facts: Facts) -> bool:
+    """Whether the equation shows weights from another side, so that their masks can be followed."""
+    name = eqn.primitive.name
+    known = [fact for fact in facts if fact]
+    if any(fact.role is Role.ACTIVATION or (fact.path and fact.lost) for fact in known):
+        return False
+    scaled = len(known) == 1 and (name == "mul" or (name == "div" and facts[0] is not None))
+    if not (scaled or name in MOVES):
+        return name in SAME
+    return not (_has_data(eqn, facts) and any(_joins(eqn, fact) for fact in _spread(eqn, facts)))
+
+
+def may_contract(eqn: tracing.Equation) -> bool:
+    """Whether the equation, or one inside it, is a product, or is unknown and might be one."""
+    inner = list(tracing.bodies(eqn))
+    if inner:
+        return any(may_contract(other) for body in inner for other in body.eqns)
+    name = eqn.primitive.name
+    operands = [atom for atom in eqn.invars if tracing.is_inexact(atom) and _shape(atom) != ()]
+    return name in CONTRACTIONS or (name not in NO_PRODUCTS and len(operands) > 1)
+
+
+def weight_side(facts: Facts) -> tuple[int | None, str | None]:
+    """Tell which operand of a contraction is the weight that is to be masked.
+
+    Args:
+      facts: about its first two operands.
+
+    Returns:
+      0 or 1, or None for neither; and, if there is a mask but it cannot be used, whose and why.
+    """
+    left, right = facts[:2]
+    if left is None or right is None:
+        return None, None
+    role = min(left.role, right.role)
+    sides = [i for i, fact in enumerate((left, right)) if fact.role is role and fact.path]
+    if role is Role.ACTIVATION or not sides:
+        return None, None
+    if len(sides) == 2:
+        if role is Role.PARAMETER and left.path == right.path:  # a norm or a Gram matrix
+            return None, None
+        return None, f"{left.path!r} is multiplied with {right.path!r}, which has a mask too"
+    weight = (left, right)[sides[0]]
+    if weight.lost:
+        return None, f"the mask of {weight.path!r} cannot be followed through {weight.lost}"
+    return sides[0], None
+
+
+def _viewed(eqn: tracing.Equation, facts: Facts) -> Fact:
+    """Return the fact about a view."""
+    parts = [fact for fact, atom in zip(facts, eqn.invars) if fact or tracing.is_inexact(atom)]
+    moved = eqn.primitive.name in MOVES
+    zero = all(fact.zero if fact else not moved for fact in parts)
+    fact = dataclasses.replace(_weight(_spread(eqn, facts)), zero=zero)
+    return dataclasses.replace(fact, role=Role.EITHER) if eqn.primitive.name == "gather" else fact
+
+
+def _product(eqn: tracing.Equation, facts: Facts, masked: bool) -> Fact:
+    """Return the fact about a product, or about the result of an equation that may contain one."""
+    known = [fact for fact in facts if fact]
+    if all(fact.role is Role.PARAMETER for fact in known) and not _has_data(eqn, facts):
+        product = _weight(known, lost=describe(eqn))
+    else:
+        product = _activation(known)
+    side, _ = weight_side(facts) if eqn.primitive.name in CONTRACTIONS else (None, None)
+    weight = None if side is None else facts[side]
+    if masked and weight is not None and weight.zero:
+        return dataclasses.replace(product, live=weight.live)
+    return product
+
+
+def _mixed(eqn: tracing.Equation, facts: Facts) -> Fact:
+    """Return the fact about the result of an equation that is neither a view nor a product."""
+    known = _spread(eqn, facts)
+    weights = [fact for fact in known if fact.role < Role.ACTIVATION]
+    with_activation = len(weights) < len(known)
+    apart = [fact for fact in weights if not _joins(eqn, fact)]
+    if not with_activation and (apart or not _has_data(eqn, facts)):
+        return _weight(known, lost=describe(eqn))
+    if with_activation and eqn.primitive.name == "concatenate":  # a class token, say
+        apart = []
+    return _blend(known, [fact for fact in apart if fact.path], lost=describe(eqn))
+
+
+def _any_of(eqn: tracing.Equation, facts: Facts) -> Fact | None:
+    """Return the fact about a value that is one or the other: of two branches, or from step to step."""
+    known = [fact for fact in (_lost(fact, eqn) for fact in facts) if fact]
+    if not known:
+        return None
+    if all(fact.role < Role.ACTIVATION for fact in known):
+        return _weight(known)
+    return _blend(known, [fact for fact in known if fact.path and not fact.bias])
+
+
+def _activation(known: Sequence[Fact]) -> Fact:
+    """Return the fact about an activation that depends on all of these."""
+    nothing: frozenset[str] = frozenset()
+    reached, live = zip(*((fact.reached, fact.live) for fact in known))
+    return Fact(Role.ACTIVATION, nothing.union(*reached), nothing.union(*live))
+
+
+def _weight(known: Sequence[Fact], lost: str | None = None) -> Fact:
+    """Return the fact about a function of all these weights; ``lost``: what loses their masks."""
+    first = next((fact for fact in known if fact.path), None)
+    return dataclasses.replace(
+        _activation(known),
+        role=max(fact.role for fact in known),
+        path=first.path if first else None,
+        lost=first.lost or lost if first else None,
+        bias=all(fact.bias for fact in known),
+    )
+
+
+def _blend(known: Sequence[Fact], apart: Sequence[Fact], lost: str | None = None) -> Fact:
+    """Return the fact about an activation into which the masked weights ``apart`` have been mixed."""
+    if not apart:
+        return _activation(known)
+    weight = _weight(apart, lost)
+    return dataclasses.replace(_activation(known), role=Role.EITHER, path=weight.path, lost=weight.lost)
+
+
+def _joins(eqn: tracing.Equation, fact: Fact) -> bool:
+    """Whether a weight becomes part of the activation that the equation mixes it with."""
+    return fact.bias or (eqn.primitive.name in JOINS and fact.role is Role.EITHER)
+
+
+def _has_data(eqn: tracing.Equation, facts: Facts) -> bool:
+    """Whether an operand that depends on no parameter could be a layer's input: no mere number."""
+    return any(
+        fact is None and _shape(atom) != () and tracing.is_inexact(atom)
+        for fact, atom in zip(facts, eqn.invars)
+    )
+
+
+def _spread(eqn: tracing.Equation, facts: Facts) -> list[Fact]:
+    """Return the facts there are, noting which operands the equation broadcasts.
+
+    A vector, of at most one dimension larger than 1, becomes a ``bias`` then; also where it goes into
+    something opaque, as the scale does of a normalisation with a derivative rule of its own.
+    """
+    size = math.prod(_shape(eqn.outvars[0]))
+    broadcasts = eqn.primitive.name in ELEMENTWISE or eqn.primitive.name == "broadcast_in_dim"
+    spread = []
+    for fact, shape in ((fact, _shape(atom)) for fact, atom in zip(facts, eqn.invars) if fact):
+        vector = sum(n > 1 for n in shape) < 2
+        if broadcasts and size > math.prod(shape):
+            fact = dataclasses.replace(fact, role=max(fact.role, Role.EITHER), bias=fact.bias or vector)
+        elif vector and any(tracing.bodies(eqn)):
+            fact = dataclasses.replace(fact, bias=True)
+        spread.append(fact)
+    return spread
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
+
+
+def _without_mask(fact: Fact | None) -> Fact | None:
+    return dataclasses.replace(fact, mask=None) if fact and fact.mask is not None else fact
+
+
+def _lost(fact: Fact | None, eqn: tracing.Equation) -> Fact | None:
+    """Return the fact with its mask given up, if it has one."""
+    if fact is None or not fact.followed:
+        return _without_mask(fact)
+    return dataclasses.replace(fact, mask=None, zero=False, lost=describe(eqn))
+
+
+def describe(eqn: tracing.Equation) -> str:
+    """Return the name of an equation and where it stands."""
+    return " at ".join(filter(None, [eqn.primitive.name, tracing.position(eqn)]))

@@ -1,0 +1,270 @@
+"""Which leaves to perturb for what they cost: a report on a choice, and the best choice for a budget."""
+
+import dataclasses
+import itertools
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssam_jax._base import checks, tracing, trees
+from ssam_jax.two_pass import loss as losses
+from ssam_jax.two_pass import splitting
+from ssam_jax.two_pass.active import Active, FirstRow, check_active
+from ssam_jax.two_pass.planning import costs, knapsack, products
+from ssam_jax.typing import Params
+
+
+class Part(NamedTuple):
+    """The size of one of the two parts of a forward pass.
+
+    Attributes:
+      equations: how many, those in the bodies of loops and of nested functions once each.
+      flops: operations of its matrix products and convolutions; a multiply-add is two.
+      bytes: what its equations read and write, each on its own, as if nothing were fused.
+    """
+
+    equations: int
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoPassReport:
+    """What `two_pass_value_and_grad` does with a loss; its ``str`` is a table.
+
+    Attributes:
+      prefix: the part of the forward pass that depends on no active leaf, computed once a step.
+      suffix: the part that does, computed in both passes. A loss with side effects is all suffix.
+      whole: equations that are not split, and are suffix with all that is in them, although some of
+        their operands depend on no active leaf.
+      unknown: equations whose operations are not counted, or not fully (a loop of unknown length
+        counts as if it ran once).
+      side_effect: why the loss is not split at all; None if it is.
+      relative_to_sgd: predicted cost of a step, forward and backward, in SGD steps.
+      relative_to_sam: the same in steps of plain SAM, which cost two of SGD.
+    """
+
+    prefix: Part
+    suffix: Part
+    whole: tuple[str, ...]
+    unknown: tuple[str, ...]
+    side_effect: str | None
+    relative_to_sgd: float
+    relative_to_sam: float
+
+    def __str__(self) -> str:
+        lines = [f"{'forward pass':<16}{'equations':>12}{'Gflop':>12}{'MB':>12}"]
+        for name, part in (("prefix, once", self.prefix), ("suffix, twice", self.suffix)):
+            lines.append(f"{name:<16}{part.equations:>12}{part.flops / 1e9:>12.4g}{part.bytes / 1e6:>12.4g}")
+        lines.append(f"a step costs {self.relative_to_sgd:.2f} of SGD's, {self.relative_to_sam:.2f} of SAM's")
+        if self.side_effect is not None:
+            lines.append(f"not split, because of a side effect: {self.side_effect}")
+        lines += [f"not split: {equation}" for equation in self.whole]
+        lines += [f"not counted: {equation}" for equation in self.unknown]
+        return "\n".join(lines)
+
+
+def explain_two_pass(
+    loss_fn: Callable[..., Any], params: Params, *args: Any, active: Active | None = None
+) -> TwoPassReport:
+    """Report what the fast road does with a loss for a choice of active leaves, and what it costs.
+
+    Nothing is computed: the loss is traced, and its matrix products and convolutions are counted, as
+    they are in the compiled step. Other operations, and the time that memory takes, are not in the cost.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args)`` returns a scalar or a pair of it and aux.
+      params: pytree of floating-point arrays, or of their ``jax.ShapeDtypeStruct``.
+      *args: as in a call of the loss; arrays may be given as ``jax.ShapeDtypeStruct``.
+      active: None for all, or an entry for each leaf, as `two_pass_value_and_grad` takes it.
+
+    Raises:
+      TypeError: a parameter is not a real floating-point array, or the loss is not one.
+      ValueError: the loss is not a scalar, or ``active`` does not fit ``params``.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def loss_fn(params, x):
+    ...     return jnp.sum(jnp.tanh(x @ params["body"]) @ params["head"])
+    >>> shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+    >>> params = {"body": shape(1000, 1000), "head": shape(1000, 1000)}
+    >>> report = explain_two_pass(loss_fn, params, shape(500, 1000), active=(False, True))
+    >>> report.relative_to_sgd
+    1.2
+    """
+    traced = _trace(loss_fn, params, args)
+    chosen = check_active(active, params)
+    counted = costs.count(traced)
+    leaves = jax.tree.leaves(params)
+    effect = tracing.side_effect(traced.jaxpr)
+    jaxpr, moving = traced.jaxpr, [True] * len(traced.jaxpr.invars)
+    if effect is None:
+        cuts = splitting.pieces(leaves, chosen)
+        values = [jax.eval_shape(cut.of, leaves[cut.leaf]) for cut in cuts]
+        jaxpr, _ = splitting.unfold(traced, cuts, values)
+        moving = [*(cut.active for cut in cuts), *(False for _ in traced.args)]
+        halves = splitting.split(jaxpr, moving)
+        prefix, suffix = _part(halves.prefix), _part(halves.suffix)
+        whole = tuple(dict.fromkeys(_unsplit(halves)))
+    else:
+        prefix, suffix, whole = Part(0, 0.0, 0.0), _part(jaxpr), ()
+    relative = counted.relative(chosen)
+    return TwoPassReport(prefix, suffix, whole, counted.opaque, effect, relative, relative / 2)
+
+
+def choose_active(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    *args: Any,
+    scores: chex.ArrayTree,
+    budget: float = 1.25,
+) -> Active:
+    """Return the leaves with the largest total score that a step can perturb within a budget.
+
+    With accumulated Fisher scores this is structured SSAM that knows what each leaf costs: a leaf in
+    an early layer needs most of the backward pass, one behind a leaf that is chosen needs little more.
+    Of a leaf that is scanned over, or whose rows are taken one by one, the rows from some row on may be
+    chosen. Leaves whose score is 0 are not chosen.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args)`` returns a scalar or a pair of it and aux.
+      params: pytree of floating-point arrays, or of their ``jax.ShapeDtypeStruct``.
+      *args: as in a call of the loss; arrays may be given as ``jax.ShapeDtypeStruct``.
+      scores: tree of the structure of ``params``, of arrays of any shape, finite and not negative. A
+        leaf's score is the sum of its array, in float64 on the host. A row's is the sum of its row; if
+        the array has not as many rows, they share its sum equally.
+      budget: what a step may cost, in SGD steps: 1 perturbs next to nothing, and 2 suffices for all.
+
+    Returns:
+      The choice, to be the static ``active`` of `two_pass_value_and_grad`. It is the best there is,
+      except after a UserWarning, seen on no network yet, which says how much may be missing.
+
+    Raises:
+      TypeError: a parameter is not a real floating-point array, the loss is not one, ``scores`` are
+        traced, or ``budget`` is not a number.
+      ValueError: ``scores`` do not fit ``params``, or hold negative, infinite or NaN values; ``budget``
+        is below 1 or not finite.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def loss_fn(params, x):
+    ...     return jnp.sum(jnp.tanh(x @ params["body"]) @ params["head"])
+    >>> params = {"body": jnp.zeros((4, 4)), "head": jnp.zeros((4, 4))}
+    >>> choose_active(loss_fn, params, jnp.zeros((8, 4)), scores={"body": 2.0, "head": 1.0})
+    (False, True)
+    """
+    _check_budget(budget)
+    trees.check_same_structure(scores, params, "scores", "params")
+    arrays = list(map(_check_scores, trees.leaf_paths(params), jax.tree.leaves(scores)))
+    counted = costs.count(_trace(loss_fn, params, args))
+    if not counted.sgd:
+        return tuple(bool(budget >= 2 and array.sum() > 0) for array in arrays)
+    by_bit = list(itertools.chain(*map(_row_scores, arrays, counted.rows)))
+    choice = knapsack.best(_needs(counted), list(counted.units.values()), by_bit, (budget - 1) * counted.sgd)
+    if choice.short:
+        warnings.warn(
+            f"choose_active has found leaves with a total score of {choice.score:.6g}; the best there are"
+            f" may have up to {choice.short:.2g} more.",
+            stacklevel=2,
+        )
+    chosen = set(choice.items)
+    offsets = itertools.accumulate(counted.rows, initial=0)
+    return tuple(_entry(chosen, offset, rows) for offset, rows in zip(offsets, counted.rows))
+
+
+def _trace(loss_fn: Callable[..., Any], params: Params, args: Sequence[Any]) -> tracing.Traced:
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (params, *args), got {loss_fn!r}.")
+    trees.check_floating(params, "params")
+
+    def pair(params: Params, *args: Any) -> tuple[Any, Any]:
+        value = loss_fn(params, *args)
+        return value if isinstance(value, tuple) and len(value) == 2 else (value, ())
+
+    return losses.trace_loss(pair, params, *args, has_aux=True).traced
+
+
+def _part(jaxpr: tracing.Equations) -> Part:
+    equations, moved = _size(jaxpr)
+    return Part(equations, products.forward_flops(jaxpr), moved)
+
+
+def _size(jaxpr: tracing.Equations) -> tuple[int, float]:
+    """Return the number of equations and the bytes they read and write."""
+    equations, moved = 0, 0.0
+    for eqn in jaxpr.eqns:
+        inner = [_size(body) for body in tracing.bodies(eqn)]
+        if inner and eqn.primitive.name not in products.CUSTOM:
+            equations += sum(size[0] for size in inner)
+            moved += eqn.params.get("length", 1) * max(size[1] for size in inner)
+        else:
+            equations += 1
+            moved += sum(_bytes(atom.aval) for atom in (*eqn.invars, *eqn.outvars))
+    return equations, moved
+
+
+def _bytes(aval: Any) -> float:
+    return math.prod(getattr(aval, "shape", ())) * getattr(getattr(aval, "dtype", None), "itemsize", 0)
+
+
+def _unsplit(halves: splitting.Halves) -> list[str]:
+    """Return the equations of the suffix that hold products and read something from the prefix."""
+    known = set(halves.suffix.invars[len(halves.suffix.invars) - len(halves.cut) :])
+    found = []
+    for eqn in halves.suffix.eqns:
+        mixed = any(not tracing.is_literal(atom) and atom in known for atom in eqn.invars)
+        split = tracing.inlined_body(eqn) is not None or eqn.primitive.name in splitting.CHECKPOINT
+        if mixed and not split and any(map(products.forward_flops, tracing.bodies(eqn))):
+            found.append(products.described(eqn))
+    return found
+
+
+def _check_budget(budget: Any) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
+        raise TypeError(f"budget must be a number of SGD steps, got {budget!r}.")
+    if not 1 <= float(budget) < math.inf:
+        raise ValueError(f"budget must be finite and at least 1, the cost of an SGD step, got {budget}.")
+
+
+def _check_scores(path: str, leaf: Any) -> Any:
+    if isinstance(leaf, jax.core.Tracer):
+        raise TypeError(f"scores must be known, but the leaf {path!r} is traced: choose outside of jit.")
+    if not checks.is_kind(leaf, jnp.floating, jnp.integer, jnp.bool_):
+        found = checks.named(checks.kind(leaf))
+        raise TypeError(f"scores must hold real numbers, but the leaf {path!r} is {found}.")
+    array = np.asarray(leaf).astype(np.float64)
+    if not np.all(np.isfinite(array)) or np.any(array < 0):
+        raise ValueError(f"scores must be finite and not negative, but the leaf {path!r} holds others.")
+    return array
+
+
+def _row_scores(array: Any, rows: int) -> list[float]:
+    if rows > 1 and array.ndim and array.shape[0] == rows:
+        return array.reshape(rows, -1).sum(1).tolist()
+    return [float(array.sum()) / rows] * rows
+
+
+def _needs(counted: costs.Costs) -> list[int]:
+    """Return for each bit the units, as a set, that are paid if it is active, as are all later rows."""
+    needs = [0] * sum(counted.rows)
+    for number, leaves in enumerate(counted.units):
+        while leaves:
+            bit = leaves & -leaves
+            needs[bit.bit_length() - 1] |= 1 << number
+            leaves ^= bit
+    offset = 0
+    for rows in counted.rows:
+        for bit in range(offset + rows - 2, offset - 1, -1):
+            needs[bit] |= needs[bit + 1]
+        offset += rows
+    return needs
+
+
+def _entry(chosen: set[int], offset: int, rows: int) -> bool | FirstRow:
+    first = next((row for row in range(rows) if offset + row in chosen), None)
+    return FirstRow(first) if first else first is not None

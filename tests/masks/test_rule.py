@@ -1,0 +1,510 @@
+"""Mask rules: when a mask is renewed, from which scores, and what is traded."""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from ssam_jax import (
+    NM,
+    MaskRule,
+    Pattern,
+    Structured,
+    Unstructured,
+    dynamic_mask,
+    fisher_mask,
+    fixed_mask,
+    random_mask,
+    ssam,
+)
+from ssam_jax.masks.rule import mask_churn
+
+HALF = Unstructured(0.5)
+PARAMS = {"bias": jnp.arange(4.0), "kernel": -jnp.arange(12.0).reshape(3, 4)}
+
+
+class Positive(Pattern):
+    """Keeps what is above zero: a pattern that costs no compilation."""
+
+    def __call__(self, scores):
+        return jax.tree.map(lambda s: s > 0, scores)
+
+
+def like(tree, seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape, scale=scale), p.dtype), tree)
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def run(rule, grads, params=PARAMS):
+    """Return the states after each step."""
+    state, states = rule.init(params), []
+    update = jax.jit(lambda state, g, t: rule.update(state, params, g, g, t))
+    for t, g in enumerate(grads):
+        state = update(state, g, jnp.int32(t))
+        states.append(state)
+    return states
+
+
+# Fisher.
+
+
+def test_fisher_scores_are_the_running_mean_of_squared_gradients():
+    grads = [like(PARAMS, seed) for seed in range(5)]
+    expected = np.zeros(16)
+    for state, g in zip(run(fisher_mask(Positive(), refresh_every=2, decay=0.8), grads), grads):
+        expected = 0.8 * expected + 0.2 * flat(g).astype(np.float64) ** 2
+        np.testing.assert_allclose(flat(state.scores), expected, rtol=1e-5)
+
+
+def test_fisher_renews_the_mask_at_the_end_of_every_kth_step():
+    rule = fisher_mask(HALF, refresh_every=3, decay=0.5)
+    before, grads = rule.init(PARAMS), [like(PARAMS, seed) for seed in range(7)]
+    renewals = []
+    for t, state in enumerate(run(rule, grads)):
+        if (t + 1) % 3 == 0:
+            best = np.argsort(-flat(state.scores), kind="stable")[:8]
+            assert set(np.flatnonzero(flat(state.mask))) == set(best)
+            came = flat(state.mask) & ~flat(before.mask)
+            assert float(state.churn) == came.sum() / 8
+            renewals.append(t)
+        else:
+            np.testing.assert_array_equal(flat(state.mask), flat(before.mask))
+            assert state.churn == before.churn
+        before = state
+    assert renewals == [2, 5]
+
+
+def test_a_step_uses_the_mask_made_at_the_end_of_the_step_before():
+    rule = fisher_mask(Unstructured(0.75), refresh_every=1, decay=0.0)
+    tx = ssam(1.0, rule)
+
+    @jax.jit
+    def step(state, descent):
+        seen = []
+
+        def grad_fn(params, i):
+            seen.append(params)
+            return descent
+
+        _, state = tx.update(jnp.ones(4), state, jnp.zeros(4), grad_fn=grad_fn)
+        return seen[0], state
+
+    state = tx.init(jnp.zeros(4))
+    for steep in (2, 0, 3):
+        used = np.asarray(state.mask_state.mask)
+        point, state = step(state, jnp.zeros(4).at[steep].set(5.0))
+        np.testing.assert_allclose(point, np.where(used, 0.5, 0.0), rtol=1e-6)
+        assert np.flatnonzero(state.mask_state.mask).tolist() == [steep]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_gradient_entries_that_are_not_finite_leave_the_mean(bad):
+    rule = fisher_mask(Positive(), refresh_every=9, decay=0.5)
+    good = {"bias": jnp.full(4, 2.0), "kernel": jnp.full((3, 4), 2.0)}
+    spoilt = {"bias": good["bias"].at[1].set(bad), "kernel": good["kernel"]}
+    states = run(rule, [good, spoilt])
+    assert states[0].scores["bias"].tolist() == [2.0] * 4
+    assert states[1].scores["bias"].tolist() == [3.0, 2.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_accumulators_have_the_dtype_asked_for_and_are_computed_in_float32(dtype):
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    rule = fisher_mask(Positive(), refresh_every=9, decay=0.9, accumulator_dtype=dtype)
+    grads = [like(params, seed) for seed in range(3)]
+    expected = np.zeros(16, np.float32)
+    for state, g in zip(run(rule, grads, params), grads):
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.scores)} == {jnp.dtype(dtype)}
+        mean = 0.9 * expected + 0.1 * flat(g).astype(np.float32) ** 2
+        expected = mean.astype(dtype).astype(np.float32)
+        np.testing.assert_allclose(flat(state.scores).astype(np.float32), expected, rtol=1e-2)
+
+
+def test_without_refresh_fisher_keeps_no_accumulators_and_never_changes():
+    rule = fisher_mask(HALF, refresh_every=None)
+    state = rule.init(PARAMS)
+    assert state.scores is None
+    assert flat(state.mask).sum() == 8
+    assert rule.update(state, PARAMS, None, PARAMS, jnp.int32(0)) is state
+
+
+# Dynamic.
+
+KINDS = {
+    "global": HALF,
+    "leaf": Unstructured(0.5, "leaf"),
+    "channel": Structured(0.4, "channel"),
+    "block": Structured(0.4, "block", block=(3, 2), indivisible="whole"),
+}
+END = 8
+
+
+@functools.cache
+def trader(kind, drop, grow):
+    rule = dynamic_mask(
+        KINDS[kind], refresh_every=2, total_steps=END, drop=drop, grow=grow, drop_fraction=0.9
+    )
+    return jax.jit(lambda mask, grads, step: rule.update(*start(rule, mask), None, grads, step))
+
+
+def start(rule, mask):
+    return jax.eval_shape(rule.init, PARAMS)._replace(bits=mask, churn=jnp.float32(0), key=KEY), PARAMS
+
+
+KEY = jax.random.key_data(jax.random.key(5))
+
+
+def units(kind, tree):
+    """Return each account's scores by unit: the whole tree, or each leaf."""
+    leaves = [np.asarray(leaf) for leaf in (tree["bias"], tree["kernel"])]
+    if kind == "global":
+        return [flat(tree)]
+    if kind == "channel":
+        return [leaves[0], leaves[1].mean(axis=0)]
+    if kind == "block":
+        return [leaves[0].mean(keepdims=True), leaves[1].reshape(3, 2, 2).mean(axis=(0, 2))]
+    return [leaf.reshape(-1) for leaf in leaves]
+
+
+def draw_mask(kind, rng):
+    if kind == "channel":
+        return {"bias": jnp.asarray(rng.random(4) < 0.6), "kernel": jnp.asarray(rng.random((1, 4)) < 0.6)}
+    if kind == "block":
+        halves = np.repeat(rng.random(2) < 0.6, 2)[None].repeat(3, axis=0)
+        return {"bias": jnp.asarray(rng.random() < 0.6), "kernel": jnp.asarray(halves)}
+    return {"bias": jnp.asarray(rng.random(4) < 0.6), "kernel": jnp.asarray(rng.random((3, 4)) < 0.6)}
+
+
+def unit_mask(kind, mask):
+    if kind == "global":
+        return [flat(mask)]
+    if kind == "block":
+        return [np.asarray(mask["bias"])[None], np.asarray(mask["kernel"])[0, ::2]]
+    return [np.ravel(mask["bias"]), np.ravel(mask["kernel"])]
+
+
+def trade_size(step, active, inactive):
+    fraction = 0.9 / 2 * (1 + np.cos(np.pi * min(step / END, 1)))
+    hypothesis.assume(abs(fraction * active % 1 - 0.5) > 1e-3)
+    return min(round(fraction * active), inactive)
+
+
+@pytest.mark.parametrize(
+    "kind, drop, grow",
+    [
+        ("global", "gradient", "random"),
+        ("global", "weight", "gradient"),
+        ("leaf", "gradient", "weight"),
+        ("leaf", "random", "gradient"),
+        ("channel", "gradient", "gradient"),
+        ("block", "gradient", "weight"),
+    ],
+)
+@hypothesis.given(step=st.integers(0, END // 2 + 1).map(lambda i: 2 * i + 1), seed=st.integers(0, 999))
+def test_a_trade_drops_the_lowest_grows_the_highest_and_keeps_the_density(kind, drop, grow, step, seed):
+    rng = np.random.default_rng(seed)
+    grads, mask = like(PARAMS, seed), draw_mask(kind, rng)
+    state = trader(kind, drop, grow)(mask, grads, jnp.int32(step))
+    scores = {"gradient": jax.tree.map(jnp.abs, grads), "weight": jax.tree.map(jnp.abs, PARAMS)}
+    old, new = unit_mask(kind, mask), unit_mask(kind, state.mask)
+    for i, (before, after) in enumerate(zip(old, new)):
+        count = trade_size(step, before.sum(), (~before).sum())
+        dropped, grown = np.flatnonzero(before & ~after), np.flatnonzero(after & ~before)
+        assert len(dropped) == len(grown) == count
+        if drop in scores:
+            score = units(kind, scores[drop])[i]
+            order = sorted(np.flatnonzero(before), key=lambda j: (score[j], -j))
+            assert set(dropped) == set(order[:count])
+        if grow in scores:
+            score = units(kind, scores[grow])[i]
+            order = sorted(np.flatnonzero(~before), key=lambda j: (-score[j], j))
+            assert set(grown) == set(order[:count])
+
+
+def test_random_growth_differs_from_step_to_step_and_is_repeatable():
+    mask = draw_mask("global", np.random.default_rng(0))
+    grads = like(PARAMS, 0)
+    trade = trader("global", "gradient", "random")
+    once, again, later = (flat(trade(mask, grads, jnp.int32(t)).mask) for t in (1, 1, 3))
+    np.testing.assert_array_equal(once, again)
+    assert (once != later).any()
+
+
+def test_between_refreshes_and_from_the_end_on_nothing_is_traded():
+    mask = draw_mask("global", np.random.default_rng(0))
+    trade = trader("global", "gradient", "random")
+    for step in (0, 2, 4, END, END + 1, END + 3):
+        np.testing.assert_array_equal(flat(trade(mask, like(PARAMS, 1), jnp.int32(step)).mask), flat(mask))
+    assert float(trade(mask, like(PARAMS, 1), jnp.int32(END + 1)).churn) == 0
+
+
+@pytest.mark.parametrize("total_steps", [None, 2])
+def test_a_schedule_gives_the_fraction_itself_until_the_end(total_steps):
+    def schedule(step):
+        return jnp.array([0.5, 0.25, 0.125])[step]
+
+    rule = dynamic_mask(HALF, refresh_every=1, drop_fraction=schedule, total_steps=total_steps)
+    states = [rule.init(PARAMS), *run(rule, [like(PARAMS, seed) for seed in range(3)])]
+    changes = [(flat(a.mask) & ~flat(b.mask)).sum() for a, b in itertools.pairwise(states)]
+    assert changes == [4, 2, 0 if total_steps else 1]
+    np.testing.assert_allclose([s.churn for s in states], [0, *(c / 8 for c in changes)])
+
+
+def test_dynamic_masks_of_trees_without_leaves_stay_empty():
+    rule = dynamic_mask(HALF, refresh_every=1, total_steps=2)
+    state = rule.init({"a": None})
+    assert rule.update(state, {"a": None}, None, {"a": None}, jnp.int32(0)).mask == {"a": None}
+
+
+# Random and fixed.
+
+
+def test_a_random_mask_is_drawn_anew_on_refresh_alone():
+    rule = random_mask(HALF, refresh_every=2, seed=3)
+    masks = [flat(state.mask) for state in run(rule, [PARAMS] * 4)]
+    first = flat(rule.init(PARAMS).mask)
+    np.testing.assert_array_equal(masks[0], first)
+    np.testing.assert_array_equal(masks[1], masks[2])
+    assert (masks[0] != masks[1]).any() and (masks[2] != masks[3]).any()
+    assert {int(mask.sum()) for mask in masks} == {8}
+
+
+def test_a_random_mask_without_refresh_stays():
+    rule = random_mask(HALF)
+    for state in run(rule, [PARAMS] * 2):
+        np.testing.assert_array_equal(flat(state.mask), flat(rule.init(PARAMS).mask))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: random_mask(HALF, seed=seed),
+        lambda seed: fisher_mask(HALF, refresh_every=1, seed=seed),
+        lambda seed: dynamic_mask(HALF, refresh_every=1, total_steps=9, seed=seed),
+    ],
+    ids=["random", "fisher", "dynamic"],
+)
+def test_seeds_may_be_traced_and_each_gives_its_own_mask(make):
+    masks = jax.jit(jax.vmap(lambda seed: make(seed).init(PARAMS).mask))(jnp.arange(4))
+    rows = np.concatenate([np.reshape(leaf, (4, -1)) for leaf in jax.tree.leaves(masks)], axis=1)
+    assert (rows.sum(axis=1) == 8).all()
+    assert len({row.tobytes() for row in rows}) == 4
+    np.testing.assert_array_equal(rows[2], flat(jax.jit(lambda: make(2).init(PARAMS).mask)()))
+
+
+def test_a_fixed_mask_may_be_a_tree_a_prefix_or_a_predicate():
+    params = {"block": PARAMS, "head": PARAMS}
+    bias_only = {"bias": jnp.array(True), "kernel": jnp.array(False)}
+    tree = fixed_mask({"block": bias_only, "head": bias_only}).init(params).mask
+    by_path = fixed_mask(lambda path: path.endswith("/bias")).init(params).mask
+    prefix = fixed_mask({"block": True, "head": {"bias": np.array([True] * 4), "kernel": False}})
+    assert tree == by_path == {"block": bias_only, "head": bias_only}
+    mask = prefix.init(params).mask
+    assert bool(mask["block"]["kernel"]) and bool(mask["block"]["bias"])
+    assert mask["head"]["bias"].tolist() == [True] * 4 and not mask["head"]["kernel"]
+
+
+def test_a_fixed_mask_sees_full_paths_and_is_never_renewed():
+    seen = []
+    rule = fixed_mask(lambda path: bool(seen.append(path)))
+    state = rule.init({"a": [jnp.ones(1), {"b": jnp.ones(1)}], "none": None})
+    assert seen == ["a/0", "a/1/b"]
+    assert rule.update(state, None, None, None, 0, anything=1) is state
+
+
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        ({"bias": True}, ValueError, "the tree given to fixed_mask must be a prefix of the parameters' tree"),
+        ({"bias": 1, "kernel": True}, TypeError, "the mask must be bool, but its leaf 'bias' is int32"),
+        (lambda path: 1.0, TypeError, "must return a bool, got 1.0 for 'bias'"),
+        (
+            {"bias": np.ones(3, bool), "kernel": True},
+            ValueError,
+            r"the mask's leaf 'bias' of shape \(3,\) does not broadcast against \(4,\)",
+        ),
+        (
+            {"bias": np.ones((1, 4), bool), "kernel": True},
+            ValueError,
+            r"the mask's leaf 'bias' of shape \(1, 4\) does not broadcast against \(4,\)",
+        ),
+    ],
+)
+def test_a_fixed_mask_that_does_not_fit_is_refused_by_path(mask, error, message):
+    with pytest.raises(error, match=message):
+        fixed_mask(mask).init(PARAMS)
+
+
+@pytest.mark.parametrize("answer", [None, "yes"])
+def test_a_predicate_that_does_not_answer_with_a_bool_is_a_type_error(answer):
+    with pytest.raises(TypeError, match="the predicate given to fixed_mask must return a bool, got"):
+        fixed_mask(lambda path: answer).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: random_mask(Positive()),
+        lambda: dynamic_mask(HALF, refresh_every=9, total_steps=9),
+        lambda: fixed_mask({"bias": jnp.ones(4, bool), "kernel": jnp.array(True)}),
+        lambda: fixed_mask(jnp.array(True)),
+    ],
+    ids=["random", "dynamic", "fixed tree", "fixed prefix"],
+)
+def test_a_state_can_be_donated_and_made_again(make):
+    rule = make()
+    donate = jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)
+    first = donate(rule.init(PARAMS))
+    again = donate(rule.init(PARAMS))
+    np.testing.assert_array_equal(flat(first.mask), flat(again.mask))
+
+
+# A rule of one's own.
+
+
+class FlipState(NamedTuple):
+    mask: Any
+
+
+def test_a_user_may_write_a_rule():
+    def init(params):
+        return FlipState(jax.tree.map(lambda p: jnp.array(True), params))
+
+    def update(state, params, ascent_grads, descent_grads, step, **extra):
+        assert ascent_grads is grads and extra == {"value": 7}
+        return FlipState(jax.tree.map(jnp.logical_not, state.mask))
+
+    grads, seen = jnp.array([3.0, 4.0]), []
+    tx = ssam(1.0, MaskRule(init, update))
+    state = tx.init(grads)
+    for _ in range(2):
+
+        def grad_fn(p, i):
+            return (seen.append(p.tolist()), grads)[1]
+
+        _, state = tx.update(grads, state, jnp.zeros(2), grad_fn=grad_fn, value=7)
+    np.testing.assert_allclose(seen, [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
+
+
+def test_churn_is_the_share_of_new_entries():
+    old = {"a": jnp.array([True, False, True]), "b": jnp.array(False)}
+    new = {"a": jnp.array([False, True, True]), "b": jnp.array(True)}
+    assert float(mask_churn(old, new)) == pytest.approx(2 / 3)
+    assert float(mask_churn(old, jax.tree.map(jnp.zeros_like, old))) == 0
+    assert float(mask_churn({}, {})) == 0
+
+
+# Refusals.
+
+RULES = {
+    "random": random_mask,
+    "fisher": lambda pattern, **options: fisher_mask(pattern, **{"refresh_every": 1, **options}),
+    "dynamic": lambda pattern, **options: dynamic_mask(
+        pattern, **{"refresh_every": 1, "total_steps": 9, **options}
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"refresh_every": 0}, ValueError, "refresh_every must be at least 1, or None, got 0"),
+        ({"refresh_every": -1}, ValueError, "refresh_every must be at least 1, or None, got -1"),
+        (
+            {"refresh_every": 2.0},
+            TypeError,
+            r"refresh_every must be an int of at least 1, or None, got 2\.0",
+        ),
+        (
+            {"refresh_every": True},
+            TypeError,
+            "refresh_every must be an int of at least 1, or None, got True",
+        ),
+        ({"seed": 1.5}, TypeError, r"seed must be an integer, got 1\.5"),
+        ({"seed": True}, TypeError, "seed must be an integer, got True"),
+        ({"seed": np.array([1])}, TypeError, "seed must be an integer, got array"),
+    ],
+)
+def test_every_rule_refuses_options_out_of_range(rule, options, error, message):
+    with pytest.raises(error, match=message):
+        RULES[rule](HALF, **options)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("pattern", [0.5, None, "unstructured", len], ids=str)
+def test_every_rule_refuses_what_is_no_pattern(rule, pattern):
+    with pytest.raises(TypeError, match=r"pattern must be a Pattern such as Unstructured\(sparsity=0.5\)"):
+        RULES[rule](pattern)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1, 1.5, float("nan")])
+def test_fisher_refuses_a_decay_out_of_range(decay):
+    with pytest.raises(ValueError, match="decay must be from 0 to below 1, got"):
+        RULES["fisher"](HALF, decay=decay)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, bool, jnp.complex64, jnp.float16, None])
+def test_fisher_refuses_accumulators_that_would_overflow_or_are_no_floats(dtype):
+    with pytest.raises(ValueError, match="accumulator_dtype must be float32, bfloat16 or float64, got"):
+        RULES["fisher"](HALF, accumulator_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "pattern, error, message",
+    [
+        (NM(2, 4), ValueError, "dynamic_mask cannot keep an N:M pattern: a trade would leave some groups"),
+        (Structured(0.5), ValueError, "dynamic_mask cannot trade whole tensors: their sizes differ"),
+        (Positive(), TypeError, "dynamic_mask takes Unstructured or Structured, got"),
+    ],
+)
+def test_dynamic_refuses_patterns_that_cannot_be_traded(pattern, error, message):
+    with pytest.raises(error, match=message):
+        RULES["dynamic"](pattern)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"refresh_every": None}, ValueError, "refresh_every must be an int: without refresh, use random"),
+        ({"drop": "loss"}, ValueError, "drop must be 'gradient', 'weight' or 'random', got 'loss'"),
+        ({"grow": None}, ValueError, "grow must be 'gradient', 'weight' or 'random', got None"),
+        ({"total_steps": None}, TypeError, "total_steps must be an int of at least 1; .*Got None"),
+        ({"total_steps": 1e3}, TypeError, r"total_steps must be an int of at least 1; .*Got 1000\.0"),
+        ({"total_steps": True}, TypeError, "total_steps must be an int of at least 1; .*Got True"),
+        ({"total_steps": 0}, ValueError, "total_steps must be at least 1, got 0"),
+        ({"drop_fraction": 1.1}, ValueError, r"drop_fraction must be from 0 to 1, got 1\.1"),
+        ({"drop_fraction": -0.1}, ValueError, r"drop_fraction must be from 0 to 1, got -0\.1"),
+        ({"drop_fraction": "half"}, TypeError, "drop_fraction must be a float from 0 to 1 or a schedule"),
+        ({"drop_fraction": True}, TypeError, "drop_fraction must be a float from 0 to 1 or a schedule"),
+    ],
+)
+def test_dynamic_refuses_options_that_make_no_sense(options, error, message):
+    with pytest.raises(error, match=message):
+        RULES["dynamic"](HALF, **options)
+
+
+def test_a_pattern_that_cannot_be_hashed_is_refused():
+    class Mutable(Positive):
+        __hash__ = None
+
+    with pytest.raises(TypeError, match="pattern must be hashable"):
+        random_mask(Mutable())
+
+
+def test_a_first_mask_needs_no_common_device_of_the_parameters():
+    first, second = jax.devices()[:2]
+    params = {"a": jax.device_put(jnp.ones((2, 4)), first), "b": jax.device_put(jnp.ones((2, 4)), second)}
+    mask = random_mask(NM(1, 2)).init(params).mask
+    assert [int(leaf.sum()) for leaf in jax.tree.leaves(mask)] == [4, 4]
+    assert [leaf.devices() for leaf in jax.tree.leaves(mask)] == [{first}, {second}]

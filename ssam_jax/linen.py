@@ -10,7 +10,7 @@ import optax
 from flax.training import train_state
 
 import ssam_jax
-from ssam_jax._base.checks import check_choice, check_loss, loss_and_aux
+from ssam_jax._base import checks
 from ssam_jax.two_pass.active import Active
 from ssam_jax.typing import GradFn, Gradients, Mask, Params
 
@@ -129,8 +129,8 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
                 batch_stats = new["batch_stats"]
                 return output
 
-            loss, aux = loss_and_aux(loss_fn(apply, *args))
-            check_loss(loss)
+            loss, aux = checks.loss_and_aux(loss_fn(apply, *args))
+            checks.loss(loss)
             return loss, (batch_stats, aux)
 
         return pure
@@ -166,7 +166,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
         loss = self.pure_loss(loss_fn)
         if not isinstance(shared, bool):
             raise TypeError(f"shared must be a bool, got {shared!r}.")
-        check_choice("form", form, ("explicit", "implicit"))
+        checks.choice("form", form, ("explicit", "implicit"))
         grad_fn: GradFn
         if shared:
             two_pass = ssam_jax.two_pass_value_and_grad(loss, has_aux=True, form=form, strict=strict)

@@ -10,8 +10,7 @@ from flax import nnx
 from flax.nnx import filterlib
 
 import ssam_jax
-from ssam_jax._base import trees
-from ssam_jax._base.checks import loss_and_aux
+from ssam_jax._base import checks, trees
 from ssam_jax.two_pass.active import Active
 from ssam_jax.typing import Gradients, Mask, Params
 
@@ -98,7 +97,7 @@ def two_pass_value_and_grad(
         def pure(params: Params, values: list[Any], arrays: Any) -> tuple[Any, tuple[Any, Any]]:
             nodes = nnx.merge(graph, _filled(selected, params), _filled(state, values), arrays)
             value = loss_fn(*nodes)
-            loss, aux = loss_and_aux(value) if has_aux else (value, None)
+            loss, aux = checks.loss_and_aux(value) if has_aux else (value, None)
             new = split(nodes)[2]
             _check_same_variables(new, state)
             return loss, (new, aux)

@@ -97,7 +97,7 @@ def ssam(
     Array([-1.53, -2.04], dtype=float32)
     """
     check_options(rho, mask, normalize=normalize, adaptive=adaptive, ascent_steps=ascent_steps)
-    checks.check_choice("form", form, ("explicit", "implicit"))
+    checks.choice("form", form, ("explicit", "implicit"))
     if form == "implicit" and mask is None:
         raise ValueError("form='implicit' needs a mask rule, such as mask=fixed_mask(tree); got mask=None.")
     if not isinstance(skip_zero_rho, bool):
@@ -197,7 +197,7 @@ def advance(
 def check_options(rho: Any, mask: Any, *, normalize: Any, adaptive: Any, ascent_steps: Any) -> None:
     """Raise, naming the argument, unless the options that `ssam` and `alternating` share are valid."""
     if callable(rho):
-        checks.check_takes("rho", rho, "step")
+        checks.takes("rho", rho, "step")
     else:
         check_radius(rho, "rho", "a float, a scalar array or an optax schedule")
     if mask is not None and not (isinstance(mask, MaskRule) and all(map(callable, mask))):
@@ -205,7 +205,7 @@ def check_options(rho: Any, mask: Any, *, normalize: Any, adaptive: Any, ascent_
             "mask must be None or a MaskRule such as fisher_mask(pattern, refresh_every=100) or"
             f" fixed_mask(tree), got {mask!r}."
         )
-    checks.check_choice("normalize", normalize, ("global", "masked"))
+    checks.choice("normalize", normalize, ("global", "masked"))
     if not isinstance(adaptive, bool):
         raise TypeError(f"adaptive must be a bool, got {adaptive!r}.")
     if ascent_steps is None:
@@ -300,7 +300,7 @@ def check_radius(rho: Any, name: str, kinds: str) -> None:
 
 def check_grad_fn(grad_fn: Any, *, form: str, normalize: str) -> None:
     """Raise unless ``grad_fn`` takes two arguments, and its gradient is of the form that `ssam` expects."""
-    checks.check_takes("grad_fn", grad_fn, "params", "i")
+    checks.takes("grad_fn", grad_fn, "params", "i")
     given = getattr(grad_fn, "form", "explicit")
     if given != form:
         raise ValueError(

@@ -28,7 +28,7 @@ import ssam_jax
 import ssam_jax.linen
 import ssam_jax.nnx
 from ssam_jax import NM, FirstRow, MaskRule, Structured, Unstructured
-from ssam_jax._base.checks import check_takes
+from ssam_jax._base import checks
 
 NAN = float("nan")
 HALF = Unstructured(0.5)
@@ -556,9 +556,9 @@ def test_every_public_callable_is_in_the_table():
 def test_a_function_that_python_cannot_look_into_is_taken_on_trust():
     with pytest.raises(ValueError):
         inspect.signature(dict)
-    check_takes("grad_fn", dict, "params", "i")
-    check_takes("grad_fn", jax.jit(lambda params, i: params), "params", "i")
-    check_takes("grad_fn", functools.partial(lambda batch, params, i: params, BATCH), "params", "i")
+    checks.takes("grad_fn", dict, "params", "i")
+    checks.takes("grad_fn", jax.jit(lambda params, i: params), "params", "i")
+    checks.takes("grad_fn", functools.partial(lambda batch, params, i: params, BATCH), "params", "i")
 
 
 def test_an_error_inside_grad_fn_is_the_users_own():

@@ -1,6 +1,6 @@
-"""Checks of arguments that several modules make; they know nothing of trees, masks or SAM.
+"""Checks of arguments; they know nothing of trees, masks or SAM.
 
-Each raises at once, naming the argument, its value and the allowed ones.
+Each raises at once, naming the argument, its value and the allowed values.
 """
 
 import inspect
@@ -8,27 +8,69 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 LARGEST_STEP = 2**31 - 1
 """Where optax's step counters stop."""
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of some strings."""
     if not (isinstance(value, str) and value in allowed):
         *others, last = map(repr, allowed)
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")
 
 
-def check_steps(name: str, value: int, allowed: str = "at least 1") -> None:
-    """Raise ValueError unless an int is a number of steps that a counter can reach."""
-    if value < 1:
-        raise ValueError(f"{name} must be {allowed}, got {value}.")
+def flag(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}.")
+
+
+def integer(name: str, value: Any, *, low: int = 1, also: str = "", remedy: str = "") -> None:
+    """Raise unless ``value`` is a Python int from ``low`` to the last step that optax counts.
+
+    Args:
+      name: of the argument, for the message.
+      value: its value; a bool is not an int here.
+      low: the smallest allowed value.
+      also: what else the caller allows, such as ``", or None"``, for the message.
+      remedy: a clause for the message of a value of the wrong kind, such as ``"; name it in static_args"``.
+
+    Raises:
+      TypeError: ``value`` is not an int.
+      ValueError: it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int of at least {low}{also}{remedy}, got {value!r}.")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}{also}, got {value}.")
     if value > LARGEST_STEP:
         raise ValueError(f"{name} must be below 2**31, where step counters stop, got {value}.")
 
 
-def check_takes(name: str, fn: Any, *arguments: str) -> None:
+def number(name: str, value: Any, *, low: float, high: float, below: bool = False) -> None:
+    """Raise unless ``value`` is a real number of Python or NumPy from ``low`` to ``high``.
+
+    Args:
+      name: of the argument, for the message.
+      value: its value.
+      low: the smallest allowed value.
+      high: the largest allowed value.
+      below: whether ``high`` itself is excluded.
+
+    Raises:
+      TypeError: ``value`` is not a real number.
+      ValueError: it is out of range.
+    """
+    span = f"from {low:g} to {'below ' * below}{high:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
+        raise TypeError(f"{name} must be a float {span}, got {value!r}.")
+    if not low <= value <= high or (below and value == high):
+        raise ValueError(f"{name} must be {span}, got {value!r}.")
+
+
+def takes(name: str, fn: Any, *arguments: str) -> None:
     """Raise TypeError unless ``fn`` is callable with some positional arguments.
 
     Args:
@@ -82,7 +124,7 @@ def loss_and_aux(value: Any) -> tuple[Any, Any]:
     return value
 
 
-def check_loss(value: Any) -> None:
+def loss(value: Any) -> None:
     """Raise unless ``value`` is a real floating-point scalar."""
     if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(

@@ -95,7 +95,7 @@ def dynamic_mask(
     if refresh_every is None:
         raise ValueError("refresh_every must be an int: without refresh, use random_mask(pattern).")
     for name, value in (("drop", drop), ("grow", grow)):
-        checks.check_choice(name, value, ("gradient", "weight", "random"))
+        checks.choice(name, value, ("gradient", "weight", "random"))
     fraction = _drop_schedule(drop_fraction, total_steps)
     check_seed(seed)
     check_packed(packed)
@@ -182,7 +182,7 @@ def _unit_keys(
 def _drop_schedule(drop_fraction: Any, total_steps: Any) -> Callable[[jax.Array], jax.Array]:
     schedule = callable(drop_fraction)
     if schedule:
-        checks.check_takes("drop_fraction", drop_fraction, "step")
+        checks.takes("drop_fraction", drop_fraction, "step")
     if schedule and total_steps is None:
         return lambda step: _fraction(drop_fraction(step))
     if isinstance(total_steps, bool) or not isinstance(total_steps, int):
@@ -190,7 +190,7 @@ def _drop_schedule(drop_fraction: Any, total_steps: Any) -> Callable[[jax.Array]
             "total_steps must be an int of at least 1; it can be left out only when drop_fraction is a"
             f" schedule. Got {total_steps!r}."
         )
-    checks.check_steps("total_steps", total_steps)
+    checks.integer("total_steps", total_steps)
     if schedule:
         return lambda step: jnp.where(step < total_steps, _fraction(drop_fraction(step)), 0)
     if isinstance(drop_fraction, bool) or not isinstance(drop_fraction, int | float):

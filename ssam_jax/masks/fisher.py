@@ -155,7 +155,7 @@ def empirical_fisher(
       ValueError: ``chunk_size`` is below 1, ``batch`` is empty or its leaves disagree on the number of
         examples, or the loss of an example is not a scalar.
     """
-    checks.check_takes("loss_fn", loss_fn, "params", "example")
+    checks.takes("loss_fn", loss_fn, "params", "example")
     trees.check_floating(params, "params")
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
         raise TypeError(f"chunk_size must be an int of at least 1, got {chunk_size!r}.")
@@ -166,7 +166,7 @@ def empirical_fisher(
 
     def loss(params: Params, example: Any) -> jax.Array:
         value = loss_fn(params, example)
-        checks.check_loss(value)
+        checks.loss(value)
         return value
 
     per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0))

@@ -14,8 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ssam_jax._base import shardings, trees
-from ssam_jax._base.checks import check_choice, kind, named
+from ssam_jax._base import checks, shardings, trees
 from ssam_jax.masks import selection
 from ssam_jax.typing import Mask, Params, Scores
 
@@ -137,7 +136,7 @@ class Unstructured(UnitPattern):
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
-        check_choice("scope", self.scope, ("global", "leaf"))
+        checks.choice("scope", self.scope, ("global", "leaf"))
 
     @property
     def shared(self) -> bool:
@@ -184,8 +183,8 @@ class Structured(UnitPattern):
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
-        check_choice("unit", self.unit, ("tensor", "channel", "block"))
-        check_choice("indivisible", self.indivisible, ("error", "whole"))
+        checks.choice("unit", self.unit, ("tensor", "channel", "block"))
+        checks.choice("indivisible", self.indivisible, ("error", "whole"))
         if self.unit == "tensor" and self.axis is not None:
             raise ValueError(f"axis must be None when unit is 'tensor', got {self.axis!r}.")
         if (self.unit == "block") != (self.block is not None):
@@ -301,7 +300,7 @@ class NM(Pattern):
                 raise TypeError(f"{name} must be an int, got {value!r}.")
         if self.m < 1 or not 0 <= self.n <= self.m:
             raise ValueError(f"n and m must satisfy 0 <= n <= m and m >= 1, got n={self.n}, m={self.m}.")
-        check_choice("indivisible", self.indivisible, ("error", "whole"))
+        checks.choice("indivisible", self.indivisible, ("error", "whole"))
 
     def __call__(self, scores: Scores) -> Mask:
         _check_scores(scores)
@@ -370,7 +369,7 @@ def _check_scores(scores: Any) -> None:
 def check_key(key: Any) -> None:
     """Raise TypeError unless ``key`` is a single typed PRNG key."""
     if not jnp.issubdtype(getattr(key, "dtype", jnp.bool_), jax.dtypes.prng_key) or key.shape:
-        got = f"{named(kind(key))} of shape {key.shape}" if hasattr(key, "dtype") else repr(key)
+        got = f"{checks.named(checks.kind(key))} of shape {key.shape}" if hasattr(key, "dtype") else repr(key)
         raise TypeError(
             "key must be one typed PRNG key, as jax.random.key(seed) makes it (and"
             f" jax.random.wrap_key_data of an old one), got {got}."

@@ -149,7 +149,7 @@ def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool], *, packed: bool 
             " needs scores: take fixed_mask(pattern(scores)), or random_mask(pattern)."
         )
     if callable(tree_or_predicate):
-        checks.check_takes("predicate", tree_or_predicate, "path")
+        checks.takes("predicate", tree_or_predicate, "path")
     else:
         check_bools(tree_or_predicate, "the mask")
 
@@ -298,9 +298,7 @@ def check_refresh_every(refresh_every: Any) -> None:
     """Raise unless ``refresh_every`` is None or a positive int."""
     if refresh_every is None:
         return
-    if isinstance(refresh_every, bool) or not isinstance(refresh_every, int):
-        raise TypeError(f"refresh_every must be an int of at least 1, or None, got {refresh_every!r}.")
-    checks.check_steps("refresh_every", refresh_every, "at least 1, or None")
+    checks.integer("refresh_every", refresh_every, also=", or None")
 
 
 def check_mask(mask: Any, params: Params, remedy: str = "") -> None:

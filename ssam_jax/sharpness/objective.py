@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ssam_jax._base import shardings, trees
-from ssam_jax._base.checks import check_takes
+from ssam_jax._base import checks, shardings, trees
 from ssam_jax.sharpness import convolutions
 from ssam_jax.typing import Gradients, Params
 
@@ -38,7 +37,7 @@ def objective(loss_fn: Any, params: Any, batches: Any) -> Objective:
         real floats, or ``batches`` is no list or other iterable of batches.
       ValueError: there are no parameters or no batches, or the batches differ in structure or shape.
     """
-    check_takes("loss_fn", loss_fn, "params", "batch")
+    checks.takes("loss_fn", loss_fn, "params", "batch")
     try:
         hash(loss_fn)
     except TypeError:

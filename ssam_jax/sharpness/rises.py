@@ -7,8 +7,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from ssam_jax._base import shardings, trees
-from ssam_jax._base.checks import check_choice
+from ssam_jax._base import checks, shardings, trees
 from ssam_jax.ascent.ball import Normalize, apply_mask, asam_scale
 from ssam_jax.masks.rule import check_mask
 from ssam_jax.sharpness import objective as obj
@@ -72,7 +71,7 @@ def worst_case_rise(
     if step_size is None:
         step_size = rho if steps == 1 else 2 * rho / steps
     above_zero("step_size", step_size)
-    check_choice("normalize", normalize, get_args(Normalize))
+    checks.choice("normalize", normalize, get_args(Normalize))
     _check_mask(mask, measured.params)
     search = functools.partial(
         _search, _ascent_programs(loss_fn, normalize, adaptive), measured.params, mask, rho, steps, step_size

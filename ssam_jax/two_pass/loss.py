@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ssam_jax._base import tracing
-from ssam_jax._base.checks import check_loss, loss_and_aux
+from ssam_jax._base import checks, tracing
 from ssam_jax.typing import Params
 
 
@@ -33,10 +32,10 @@ def trace_loss(loss_fn: Callable[..., Any], params: Params, *args: Any, has_aux:
         value = loss_fn(params, *args)
         leaves: list[Any] = []
         if has_aux:
-            value, rest = loss_and_aux(value)
+            value, rest = checks.loss_and_aux(value)
             leaves, aux = jax.tree.flatten(rest)
             static[:] = [_ARRAY if _is_array(leaf) else leaf for leaf in leaves]
-        check_loss(value)
+        checks.loss(value)
         return [value, *filter(_is_array, leaves)]
 
     traced = tracing.trace(flat, params, *args)

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssam_jax._base import shardings, tracing, trees
-from ssam_jax._base.checks import check_choice
+from ssam_jax._base import checks, shardings, tracing, trees
 from ssam_jax.two_pass import splitting
 from ssam_jax.two_pass.active import Active, FirstRow, check_active, check_entry, entries
 from ssam_jax.two_pass.implicit.implicit import masked_evaluate
@@ -125,7 +124,7 @@ def two_pass_value_and_grad(
     for name, option in (("has_aux", has_aux), ("strict", strict)):
         if not isinstance(option, bool):
             raise TypeError(f"{name} must be a bool, got {option!r}.")
-    check_choice("form", form, ("explicit", "implicit"))
+    checks.choice("form", form, ("explicit", "implicit"))
 
     def two_pass(
         params: Params, *args: Any, active: Active | None = None, mask: Mask | Active | None = None

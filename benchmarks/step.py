@@ -99,7 +99,7 @@ def ways(problem: Problem) -> dict[str, Way]:
         return Way(steps.plain(problem, tx), tx, calls=2)
 
     sam, contrib = chained(None), steps.contrib_sam(base)
-    last, implicit = chained(half_fixed, normalize="masked"), chained(fisher(nm), form="implicit")
+    last, implicit = chained(half_fixed, normalize="masked"), chained(fisher(nm))
     batch = len(problem.args[-1])
     return {
         "SGD": Way(steps.plain(problem, base), base),
@@ -116,9 +116,7 @@ def ways(problem: Problem) -> dict[str, Way]:
         "dynamic by channel": explicit(dynamic(Structured(0.5, "channel"))),
         "fixed, last half of the parts": explicit(half_fixed)._replace(refreshes=False),
         "the same by the fast road": Way(steps.two_passes(problem, last, half), last),
-        "implicit, Fisher 2:4": Way(
-            steps.two_passes(problem, implicit, form="implicit"), implicit, refreshes=True
-        ),
+        "implicit, Fisher 2:4": Way(steps.two_passes(problem, implicit), implicit, refreshes=True),
         "SAM, ascent on a quarter of the batch": Way(steps.ascending(problem, sam, batch // 4), sam),
         "alternating, Fisher 50 %": alternate(ssam_jax.alternating(base, 0.1, fisher(Unstructured(0.5)))),
     }

@@ -1,32 +1,37 @@
-"""The state of `ssam`, and how to read and replace the mask in it, wherever it is nested."""
+"""The state that every carrier keeps, and how to read and replace the mask in it, wherever it is nested."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ssam_jax._base import shardings, trees
 from ssam_jax.masks import packing
-from ssam_jax.masks.rule import check_bools, mask_churn
-from ssam_jax.two_pass.active import Active, FirstRow
-from ssam_jax.typing import Mask
+from ssam_jax.masks.fitting import check_bools
+from ssam_jax.masks.rule import MaskState, churn
+from ssam_jax.typing import Mask, PyTree
+
+T = TypeVar("T")
 
 
 class SsamState(NamedTuple):
-    """State of `ssam`, found anywhere in an optimizer's state by the functions of this module.
+    """State of `ssam`, and a part of that of `alternating` and `carried`; ``()`` stands for no state.
 
     Attributes:
-      step: int32 scalar, the steps taken; rho's schedule and the mask rule see it.
+      step: int32 scalar, the steps taken; schedules and the mask rule see it.
       leaf_sizes: float32 of shape (leaves,), the number of entries of each parameter.
-      mask_state: the state of the mask rule, with a ``mask``; None for dense SAM.
+      mask: a `MaskState`, with the mask, its churn, the random key and the memory of the mask rule.
+      direction: the state of the direction.
+      radius: the state of the radius rule.
+      combine: the state of the combine.
     """
 
     step: jax.Array
     leaf_sizes: jax.Array
-    mask_state: Any
+    mask: MaskState | tuple[()]
+    direction: PyTree
+    radius: PyTree
+    combine: PyTree
 
 
 class MaskStats(NamedTuple):
@@ -35,8 +40,8 @@ class MaskStats(NamedTuple):
     Attributes:
       density: float32 scalar, the share of all parameters that is perturbed.
       by_leaf: dict from each leaf's path to its own density, a float32 scalar; empty for dense SAM.
-      churn: float32 scalar, the share of the perturbed entries that the last renewal of the mask, or
-        `set_mask`, brought in; NaN if the mask rule does not keep it.
+      churn: float32 scalar, the share of the perturbed entries that the last refresh of the mask, or
+        `set_mask`, brought in.
     """
 
     density: jax.Array
@@ -44,11 +49,11 @@ class MaskStats(NamedTuple):
     churn: jax.Array
 
 
-def get_mask(opt_state: chex.ArrayTree) -> Mask | None:
+def get_mask(opt_state: PyTree) -> Mask:
     """Return the mask that the next step uses.
 
     Args:
-      opt_state: the state of an optimizer with one `ssam` or `alternating` somewhere in it:
+      opt_state: the state of an optimizer with one `ssam`, `alternating` or `carried` somewhere in it:
         ``optax.chain``, ``named_chain``, ``MultiSteps``, ``inject_hyperparams``,
         ``apply_if_finite``, a whole train state.
 
@@ -59,11 +64,11 @@ def get_mask(opt_state: chex.ArrayTree) -> Mask | None:
     Raises:
       ValueError: there is no `ssam` in ``opt_state``, or more than one.
     """
-    mask_state = _find(opt_state).mask_state
-    return None if mask_state is None else mask_state.mask
+    state = find(opt_state, SsamState)
+    return state.mask.mask if isinstance(state.mask, MaskState) else None
 
 
-def set_mask(opt_state: chex.ArrayTree, mask: Mask) -> Any:
+def set_mask(opt_state: PyTree, mask: Mask) -> PyTree:
     """Return ``opt_state`` with another mask, which the next step uses. Works under ``jit``.
 
     Args:
@@ -76,65 +81,20 @@ def set_mask(opt_state: chex.ArrayTree, mask: Mask) -> Any:
       ValueError: the mask does not fit the present one; or there is no mask to replace, because the
         `ssam` is dense, missing, or one of several.
     """
-    state = _find(opt_state)
-    if state.mask_state is None:
+    state = find(opt_state, SsamState)
+    if not isinstance(state.mask, MaskState):
         raise ValueError(
             "there is no mask to replace: this ssam is dense (mask=None). Make it with"
             " mask=fisher_mask(pattern, refresh_every=None) to have one that only set_mask changes."
         )
-    old = state.mask_state.mask
+    old = state.mask.mask
     new = _fitted(mask, old)
-    bits = getattr(state.mask_state, "bits", None)  # the library's own rules keep them
-    kept = {"mask": new} if bits is None else {"bits": packing.pack_like(new, bits)}
-    mask_state = state.mask_state._replace(**kept)
-    if hasattr(mask_state, "churn"):
-        mask_state = mask_state._replace(churn=mask_churn(old, new))
-    changed = state._replace(mask_state=mask_state)
-    return jax.tree.map(lambda s: changed if _is_state(s) else s, opt_state, is_leaf=_is_state)
+    bits = packing.pack_like(new, state.mask.bits)
+    changed = state._replace(mask=state.mask._replace(bits=bits, churn=churn(old, new)))
+    return replace(opt_state, changed)
 
 
-def active_leaves(opt_state: chex.ArrayTree) -> Active:
-    """Return for each leaf, in flattening order, whether any of it is perturbed.
-
-    For a leaf of two dimensions or more whose mask is all True or all False in every row, such as
-    the stacked layers of a scan masked by layer, and whose first row is not perturbed, it is the
-    `FirstRow` that is. The tuple is hashable, to be a static argument of ``jit``. It reads the mask's
-    values: call it between steps.
-
-    Args:
-      opt_state: as for `get_mask`.
-
-    Raises:
-      TypeError: ``opt_state`` holds shapes in place of arrays.
-      ValueError: called under ``jit``, or there is no `ssam` in ``opt_state``, or more than one.
-    """
-    state = _find_single(opt_state, "active_leaves")
-    if state.mask_state is None:
-        return (True,) * state.leaf_sizes.shape[0]
-    leaves = jax.tree.leaves(state.mask_state.mask)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        raise ValueError(
-            "active_leaves reads the mask's values, which are not known under jit. Call it between"
-            " steps and pass the tuple on as a static argument."
-        )
-    found = [(_by_row(jnp.any, leaf), _by_row(jnp.all, leaf)) for leaf in leaves]
-    rows = jax.device_get(jax.tree.map(shardings.readable, found))
-    return tuple(_activity(some, whole) for some, whole in rows)
-
-
-def _by_row(reduce: Callable[..., jax.Array], mask: jax.Array) -> jax.Array:
-    """Reduce a mask to one value a row; one of fewer than two dimensions to a single value."""
-    return reduce(mask, axis=tuple(range(1, mask.ndim))) if mask.ndim > 1 else reduce(mask)[None]
-
-
-def _activity(some: np.ndarray, whole: np.ndarray) -> bool | FirstRow:
-    if not some.any():
-        return False
-    first = int(some.argmax())
-    return FirstRow(first) if first and (some == whole).all() else True
-
-
-def mask_stats(opt_state: chex.ArrayTree) -> MaskStats:
+def mask_stats(opt_state: PyTree) -> MaskStats:
     """Return the mask's density, in all and by leaf, and its churn, as arrays. Works under ``jit``.
 
     Args:
@@ -144,51 +104,59 @@ def mask_stats(opt_state: chex.ArrayTree) -> MaskStats:
       TypeError: ``opt_state`` holds shapes in place of arrays.
       ValueError: there is no `ssam` in ``opt_state``, or more than one.
     """
-    state = _find_single(opt_state, "mask_stats")
-    if state.mask_state is None:
+    state = find_single(opt_state, "mask_stats")
+    if not isinstance(state.mask, MaskState):
         return MaskStats(jnp.float32(1), {}, jnp.float32(0))
-    mask = state.mask_state.mask
+    mask = state.mask.mask
     shares = [_density(leaf) for leaf in jax.tree.leaves(mask)]
     total = jnp.sum(state.leaf_sizes)
     kept = sum((s * n for s, n in zip(shares, state.leaf_sizes)), start=jnp.float32(0))
     return MaskStats(
         density=kept / jnp.maximum(total, 1),
         by_leaf=dict(zip(trees.leaf_paths(mask), shares)),
-        churn=getattr(state.mask_state, "churn", _UNKNOWN),
+        churn=state.mask.churn,
     )
-
-
-_UNKNOWN: Any = np.float32(np.nan)  # NumPy's, which jax_debug_nans lets pass
 
 
 def _density(leaf: jax.Array) -> jax.Array:
     return jnp.sum(leaf, dtype=jnp.float32) / max(1, leaf.size)
 
 
-def _is_state(node: Any) -> bool:
-    return isinstance(node, SsamState)
-
-
-def _find(opt_state: chex.ArrayTree) -> SsamState:
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(s)]
+def find(opt_state: PyTree, kind: type[T]) -> T:
+    """Return the only state of a class in the state of an optimizer, or raise."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+    found = [node for node in nodes if isinstance(node, kind)]
     if len(found) != 1:
+        carriers = "ssam, alternating or carried" if kind is SsamState else _CARRIERS[kind.__name__]
         raise ValueError(
-            f"opt_state must hold the state of exactly one ssam or alternating, found {len(found)}"
+            f"opt_state must hold the state of exactly one {carriers}, found {len(found)}"
             f" in a {type(opt_state).__name__}. It is what tx.init(params) returns; restore a checkpoint into"
             " that, since without it Orbax and Flax return plain dicts and lists."
         )
     [state] = found
-    if state.mask_state is not None and not hasattr(state.mask_state, "mask"):
+    if isinstance(state, SsamState) and not isinstance(state.mask, MaskState | tuple):
         raise ValueError(
-            "the SsamState in opt_state must hold the state of a mask rule, with a mask, got a"
-            f" {type(state.mask_state).__name__}: restore a checkpoint into tx.init(params)."
+            "the SsamState in opt_state must hold a MaskState, with a mask, got a"
+            f" {type(state.mask).__name__}: restore a checkpoint into tx.init(params)."
         )
     return state
 
 
-def _find_single(opt_state: chex.ArrayTree, caller: str) -> SsamState:
+_CARRIERS = {"CarriedState": "carried", "AlternatingState": "alternating"}
+
+
+def replace(opt_state: PyTree, new: PyTree) -> PyTree:
+    """Return ``opt_state`` with another state in the place of the only one of its class."""
+
+    def is_old(node: PyTree) -> bool:
+        return isinstance(node, type(new))
+
+    return jax.tree.map(lambda node: new if is_old(node) else node, opt_state, is_leaf=is_old)
+
+
+def find_single(opt_state: PyTree, caller: str) -> SsamState:
     """Return the `SsamState`, or raise if it holds several runs."""
-    state = _find(opt_state)
+    state = find(opt_state, SsamState)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
         raise TypeError(
             f"{caller} reads arrays, but opt_state holds shapes alone (jax.ShapeDtypeStruct): call it on"
@@ -202,17 +170,17 @@ def _find_single(opt_state: chex.ArrayTree, caller: str) -> SsamState:
     return jax.tree.map(_unboxed, state)
 
 
-def _unboxed(leaf: Any) -> Any:
+def _unboxed(leaf: PyTree) -> PyTree:
     """Return the array in a box of an old version of Flax, in which boxes are leaves."""
     return jnp.asarray(leaf) if hasattr(leaf, "__jax_array__") else leaf
 
 
-def _fitted(mask: Any, like: Mask) -> Mask:
+def _fitted(mask: Mask, like: Mask) -> Mask:
     """Return ``mask`` with the shapes of ``like``."""
     trees.check_same_structure(mask, like, "mask", "the present mask")
     check_bools(mask, "mask")
 
-    def fit(path: str, new: Any, old: jax.Array) -> jax.Array:
+    def fit(path: str, new: jax.Array, old: jax.Array) -> jax.Array:
         try:
             return shardings.alike(jnp.broadcast_to(new, old.shape), old)
         except ValueError:

@@ -1,7 +1,6 @@
 """`ssam_jax.alternating` beside its peers: `optax.contrib.sam` and `ssam` before the optimizer."""
 
 import functools
-from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -170,10 +169,10 @@ def test_the_optimizer_advances_on_descent_calls_only():
 def test_scores_are_gathered_on_descent_calls_only():
     tx, params = alternating(optax.sgd(0.1), 0.3, RULES["fisher"]), make_params()
     point, state = call(tx, params, tx.init(params), BATCHES[0])
-    assert not np.any(state.ssam.mask_state.scores["kernel"])
+    assert not np.any(state.ssam.mask.memory["kernel"])
     _, state = call(tx, point, state, BATCHES[0])
     want = jax.tree.map(lambda g: 0.5 * g**2, grad(point, BATCHES[0]))
-    assert_close(state.ssam.mask_state.scores, want)
+    assert_close(state.ssam.mask.memory, want)
 
 
 def test_weight_decay_acts_on_the_anchor():
@@ -197,7 +196,7 @@ def test_a_gradient_that_is_not_finite_on_an_ascent_call_leaves_no_trace(bad):
     want, want_state = call(plain, params, plain.init(params), BATCHES[0])
     assert_close(end, want)
     assert_close(after.opt_state, want_state)
-    chex.assert_tree_all_finite(after.ssam.mask_state.scores)
+    chex.assert_tree_all_finite(after.ssam.mask.memory)
 
 
 # Compilation and containers.
@@ -276,12 +275,12 @@ def test_extra_arguments_reach_the_wrapped_optimizer_and_the_mask_rule():
         seen.append(value)
         return updates, state
 
-    def rule_update(state, *args, value, **extra):
+    def observe(memory, *args, value, **extra):
         seen.append(value)
-        return state
+        return memory
 
     optimizer = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    rule = ssam_jax.MaskRule(fixed_mask(MASK).init, rule_update)
+    rule = ssam_jax.MaskRule(None, observe, fixed_mask(MASK).select)
     tx, params = alternating(optimizer, 0.1, rule), make_params()
     tx.update(params, tx.init(params), params, value=5)
     assert seen and set(seen) == {5}
@@ -327,22 +326,17 @@ def test_missing_parameters_and_gradients_of_another_shape_are_errors():
         tx.update(dict(params, bias=jnp.ones(3)), state, params)
 
 
-class SeenState(NamedTuple):
-    mask: Any
-    params: Any
-
-
 def test_the_mask_rule_is_told_the_parameters_at_w_and_of_no_ascent_gradient():
-    def init(params):
-        return SeenState(jax.tree.map(lambda p: jnp.ones(p.shape, bool), params), params)
-
-    def update(state, params, ascent_grads, descent_grads, step, **extra):
+    def observe(memory, params, ascent_grads, descent_grads, step, **extra):
         assert ascent_grads is None
-        return state._replace(params=params)
+        return params
 
-    tx = alternating(optax.sgd(0.1), 0.3, MaskRule(init, update))
+    def select(memory, mask, params, key, step):
+        return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
+
+    tx = alternating(optax.sgd(0.1), 0.3, MaskRule(lambda params: params, observe, select))
     start = make_params()
     params, state = call(tx, start, tx.init(start), BATCHES[0])
     assert not np.array_equal(params["kernel"], start["kernel"])
     _, state = call(tx, params, state, BATCHES[0])
-    chex.assert_trees_all_equal(state.ssam.mask_state.params, start)
+    chex.assert_trees_all_equal(state.ssam.mask.memory, start)

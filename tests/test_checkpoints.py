@@ -103,9 +103,9 @@ def test_orbax_restores_from_an_abstract_init(tmp_path):
 def test_the_names_in_a_state_dict_explain_the_checkpoint():
     state = ssam_jax.ssam(0.1, RULES["fisher"]()).init(tiny.params())
     plain = flax.serialization.to_state_dict(state)
-    assert set(plain) == {"step", "leaf_sizes", "mask_state"}
-    assert set(plain["mask_state"]) == {"bits", "churn", "scores"}
-    assert set(plain["mask_state"]["bits"]) == {"first", "second"}
+    assert set(plain) == {"step", "leaf_sizes", "mask", "direction", "radius", "combine"}
+    assert set(plain["mask"]) == {"bits", "churn", "key", "memory"}
+    assert set(plain["mask"]["bits"]) == {"first", "second"}
 
 
 def test_every_leaf_of_a_state_is_a_plain_array():

@@ -37,20 +37,10 @@ KEPT = {
 }
 
 
-def may_promote(optimizer):
-    """Let an optimizer of optax, but not this library, promote dtypes: Adam raises floats to ints."""
-
-    def update(*args, **kwargs):
-        with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(*args, **kwargs)
-
-    return optax.GradientTransformation(optimizer.init, update)
-
-
 BASES = {
-    "adam": lambda: may_promote(optax.adam(1e-2)),
-    "sgd": lambda: may_promote(optax.sgd(1e-1, momentum=0.9)),
-    "lion": lambda: may_promote(optax.lion(1e-2)),
+    "adam": lambda: tiny.may_promote(optax.adam(1e-2)),
+    "sgd": lambda: tiny.may_promote(optax.sgd(1e-1, momentum=0.9)),
+    "lion": lambda: tiny.may_promote(optax.lion(1e-2)),
 }
 
 

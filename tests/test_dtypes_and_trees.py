@@ -47,7 +47,7 @@ def test_updates_perturbed_parameters_and_state_keep_their_dtypes(dtypes, adapti
     assert tiny.spec(point) == tiny.spec(params)
     assert tiny.differ(point, params)
     assert tiny.spec(state) == tiny.spec(tx.init(params))
-    assert all(s.dtype == jnp.float32 for s in jax.tree.leaves(state.mask_state.scores))
+    assert all(s.dtype == jnp.float32 for s in jax.tree.leaves(state.mask.memory))
 
 
 @pytest.mark.parametrize("skip_zero_rho", [False, True])
@@ -104,14 +104,14 @@ def test_fisher_scores_of_half_precision_gradients_are_squared_in_float32():
     rule = ssam_jax.fisher_mask(NM(1, 2), refresh_every=9, decay=0.0)
     params = {"w": jnp.zeros((2, 2), jnp.float16)}
     _, state, _ = sgd_step(ssam_jax.ssam(0.1, rule), params, {"w": jnp.full((2, 2), 1000, jnp.float16)})
-    np.testing.assert_array_equal(state.mask_state.scores["w"], np.full((2, 2), 1e6, np.float32))
+    np.testing.assert_array_equal(state.mask.memory["w"], np.full((2, 2), 1e6, np.float32))
 
 
 def test_an_accumulator_dtype_is_kept():
     rule = ssam_jax.fisher_mask(NM(1, 2), refresh_every=1, accumulator_dtype=jnp.bfloat16)
     params = {"w": jnp.ones((2, 2), jnp.float32)}
     _, state, _ = sgd_step(ssam_jax.ssam(0.1, rule), params, params)
-    assert state.mask_state.scores["w"].dtype == jnp.bfloat16
+    assert state.mask.memory["w"].dtype == jnp.bfloat16
 
 
 # trees
@@ -266,17 +266,17 @@ def test_fisher_scores_stay_finite_and_masks_keep_their_size(bad):
     params = {"a": jnp.ones((1, 4)), "b": jnp.ones((1, 4))}
     grads = {"a": jnp.array(BAD[bad])[None], "b": jnp.full((1, 4), 2, jnp.float32)}
     _, state, _ = sgd_step(ssam_jax.ssam(0.1, rule), params, grads)
-    scores = state.mask_state.scores
+    scores = state.mask.memory
     assert all(np.isfinite(s).all() for s in jax.tree.leaves(scores))
     np.testing.assert_array_equal(scores["b"], np.full((1, 4), 2, np.float32))
-    assert [int(m.sum()) for m in jax.tree.leaves(state.mask_state.mask)] == [2, 2]
+    assert [int(m.sum()) for m in jax.tree.leaves(state.mask.mask)] == [2, 2]
 
 
 def test_fisher_scores_take_no_part_of_a_non_finite_entry_and_all_of_the_others():
     rule = ssam_jax.fisher_mask(NM(1, 4), refresh_every=9, decay=0.5)
     params = {"w": jnp.ones((1, 4))}
     _, state, _ = sgd_step(ssam_jax.ssam(0.1, rule), params, {"w": jnp.array([[np.nan, np.inf, 2e38, 4.0]])})
-    np.testing.assert_array_equal(state.mask_state.scores["w"], [[0, 0, 0, 8]])
+    np.testing.assert_array_equal(state.mask.memory["w"], [[0, 0, 0, 8]])
 
 
 @pytest.mark.parametrize("bad", ["zero", "nan"])
@@ -284,7 +284,7 @@ def test_a_dynamic_mask_keeps_its_size_under_a_bad_gradient(bad):
     rule = ssam_jax.dynamic_mask(Unstructured(0.5), refresh_every=1, total_steps=9, grow="gradient")
     params = {"a": jnp.ones(4)}
     _, state, _ = sgd_step(ssam_jax.ssam(0.1, rule), params, {"a": jnp.array(BAD[bad])})
-    assert int(state.mask_state.mask["a"].sum()) == 2
+    assert int(state.mask.mask["a"].sum()) == 2
 
 
 # what is refused

@@ -263,9 +263,7 @@ def test_the_ascent_gradient_may_come_from_a_part_of_the_batch():
 def test_the_implicit_form_masks_the_first_pass_alone():
     x, kernel = nets.wave(3, 4), nets.wave(4, 4, step=0.5)
     mask = np.arange(16).reshape(4, 4) % 3 > 0
-    tx = optax.chain(
-        ssam_jax.ssam(0.1, ssam_jax.fixed_mask({"kernel": mask}), form="implicit"), optax.sgd(0.1)
-    )
+    tx = optax.chain(ssam_jax.ssam(0.1, ssam_jax.fixed_mask({"kernel": mask})), optax.sgd(0.1))
     state = create(nn.Dense(4, use_bias=False), {"kernel": jnp.array(kernel)}, tx)
 
     def loss(apply, x):
@@ -276,7 +274,7 @@ def test_the_implicit_form_masks_the_first_pass_alone():
         inner = np.ones((3, 4)) @ (kernel * mask).T * (1 - hidden**2)
         return {"kernel": hidden.T @ np.ones((3, 4), np.float32) + x.T @ inner.astype(np.float32)}
 
-    passes = state.value_and_grad(loss, x, mask=ssam_jax.get_mask(state), form="implicit")
+    passes = state.value_and_grad(loss, x, mask=ssam_jax.get_mask(state))
     tiny.assert_close(passes.grads, gradient(kernel, mask))
     tiny.assert_close(passes.grad_fn(state.params, 0), gradient(kernel, True))
     after = state.apply_gradients(grads=passes.grads, grad_fn=passes.grad_fn)

@@ -19,6 +19,7 @@ from m_sharpness import AXIS, Config, main, per_device_step, synchronised_step, 
 
 import ssam_jax
 from ssam_jax import NM, Unstructured, dynamic_mask, fisher_mask, fixed_mask
+from ssam_jax.masks import rule as masks
 
 RHO, LR = 0.3, 0.2
 STEPS, BATCH = 3, 16
@@ -69,7 +70,7 @@ def mapped(step, devices, batch_spec=IN_STEPS):
 @functools.cache
 def renewal(name):
     rule = RULES[name]
-    return jax.jit(lambda state, params, mean, step: rule.update(state, params, None, mean, step))
+    return jax.jit(lambda state, params, mean, step: masks.update(rule, state, params, None, mean, step))
 
 
 @functools.cache
@@ -77,7 +78,7 @@ def loop_over_parts(name, parts, ascent_steps=1):
     """Take the steps by hand, one part of the batch after the other, on one device."""
     gradient, renew = jax.jit(jax.grad(loss)), renewal(name)
     params = jax.tree.map(jnp.array, PARAMS)
-    state = RULES[name].init(params)
+    state = masks.init(RULES[name], params)
     for number, batch in enumerate(BATCHES):
         descents = []
         for part in np.split(batch, parts):
@@ -110,7 +111,7 @@ def test_steps_per_device_equal_a_loop_over_the_parts_and_masks_are_the_same_eve
 
     expected, rule_state = loop_over_parts(name, devices, ascent_steps)
     tiny.assert_close(params, expected)
-    tiny.assert_close(state[0].mask_state, rule_state)
+    tiny.assert_close(state[0].mask, rule_state)
     for leaf in jax.tree.leaves((params, state)):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         assert len(copies) == devices
@@ -126,7 +127,7 @@ def test_the_ordinary_program_synchronises_and_does_another_step():
     spread, state, _ = jax.jit(steps, out_shardings=everywhere)(params, tx.init(params), batches)
     expected, rule_state = loop_over_parts("fisher 2:4", 1)
     tiny.assert_close(spread, expected)
-    tiny.assert_close(state[0].mask_state, rule_state)
+    tiny.assert_close(state[0].mask, rule_state)
     own, _ = loop_over_parts("fisher 2:4", 8)
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), spread, own))) > 1e-3
 
@@ -162,10 +163,14 @@ def test_a_state_that_is_not_the_same_everywhere_is_refused():
 
         return step
 
-    def by_ascent(state, params, ascent_grads, descent_grads, step, **extra):
-        return state._replace(bits=jax.tree.map(lambda g: g > 0, ascent_grads))
+    def observe(memory, params, ascent_grads, descent_grads, step, **extra):
+        return jax.tree.map(lambda g: g > 0, ascent_grads)
 
-    curious = optimizer(ssam_jax.MaskRule(RULES["fisher"].init, by_ascent))
+    def select(memory, mask, params, key, step):
+        return memory
+
+    init = functools.partial(jax.tree.map, lambda p: jnp.ones(p.shape, bool))
+    curious = optimizer(ssam_jax.MaskRule(init, observe, select, refresh_every=1))
     plain = optimizer(None)
     for tx, step in ((plain, forgetful(plain)), (curious, per_device_step(loss, curious))):
         with pytest.raises(ValueError, match="out_specs"):
@@ -248,7 +253,7 @@ def test_parts_of_any_size_are_a_vmap_of_the_step_in_the_ordinary_program():
     after, state, _ = jax.jit(steps_of(step))(params, tx.init(params), jnp.asarray(parts))
     expected, rule_state = loop_over_parts("fisher 2:4", 8)
     tiny.assert_close(after, expected)
-    tiny.assert_close(state[0].mask_state, rule_state)
+    tiny.assert_close(state[0].mask, rule_state)
 
     everywhere, by_part = (NamedSharding(mesh_of(2), spec) for spec in (EVERYWHERE, BY_EXAMPLE))
     args = (*jax.device_put((params, tx.init(params)), everywhere), jax.device_put(parts[0], by_part))

@@ -320,22 +320,22 @@ def test_the_implicit_form_takes_the_mask_of_the_optimizer():
     mask = {"body": {"kernel": np.array(True)}, "head": {"kernel": np.arange(16).reshape(16, 1) % 3 > 0}}
     model, x = Perceptron(), jnp.array(nets.wave(4, 16))
     before, rule = pure(model), ssam_jax.fisher_mask(NM(2, 4, axis=0), refresh_every=None)
-    optimizer = optimizer_of(model, ssam_jax.ssam(0.1, rule, form="implicit"))
+    optimizer = optimizer_of(model, ssam_jax.ssam(0.1, rule))
     ssam_jax.nnx.set_mask(optimizer, mask)
 
     @nnx.jit
     def step(model, optimizer, x):
-        two_pass = ssam_jax.nnx.two_pass_value_and_grad(square, form="implicit")
+        two_pass = ssam_jax.nnx.two_pass_value_and_grad(square)
         _, grads, grad_fn = two_pass(model, x, mask=ssam_jax.get_mask(optimizer.opt_state))
         optimizer.update(model, grads, grad_fn=grad_fn)
         return grads
 
     grads = nnx.to_pure_dict(step(model, optimizer, x))
-    by_hand = ssam_jax.two_pass_value_and_grad(perceptron_by_hand, form="implicit")
+    by_hand = ssam_jax.two_pass_value_and_grad(perceptron_by_hand)
     _, expected, grad_fn = by_hand(before, x, mask=mask)
     tiny.assert_close(grads, expected)
     assert tiny.differ(grads["body"], jax.grad(perceptron_by_hand)(before, x)["body"])
-    ssam = ssam_jax.ssam(0.1, ssam_jax.fixed_mask(mask), form="implicit")
+    ssam = ssam_jax.ssam(0.1, ssam_jax.fixed_mask(mask))
     tiny.assert_close(pure(model), step_by_hand(before, expected, grad_fn, ssam))
 
 

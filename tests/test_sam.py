@@ -260,11 +260,11 @@ def test_running_statistics_come_from_the_clean_pass_only():
 def test_unknown_extra_arguments_are_ignored_and_reach_the_mask_rule():
     got = {}
 
-    def update(state, params, ascent_grads, descent_grads, step, **extra):
+    def observe(memory, params, ascent_grads, descent_grads, step, **extra):
         got.update(extra)
-        return state
+        return memory
 
-    rule = ssam_jax.MaskRule(fixed_mask(MASK).init, update)
+    rule = ssam_jax.MaskRule(None, observe, fixed_mask(MASK).select)
     tx, params = ssam(0.1, rule), make_params()
     tx.update(grad_fn(params, 0), tx.init(params), params, grad_fn=grad_fn, value=5, other="x")
     assert got == {"value": 5, "other": "x"}
@@ -273,11 +273,14 @@ def test_unknown_extra_arguments_are_ignored_and_reach_the_mask_rule():
 def test_a_mask_rule_gets_both_gradients_and_its_new_mask_serves_the_next_step():
     got = []
 
-    def update(state, params, ascent_grads, descent_grads, step, **extra):
+    def observe(memory, params, ascent_grads, descent_grads, step, **extra):
         got.append((ascent_grads, descent_grads, int(step)))
-        return state._replace(bits=jax.tree.map(jnp.logical_not, state.mask))
+        return memory
 
-    rule = ssam_jax.MaskRule(fixed_mask(MASK).init, update)
+    def select(memory, mask, params, key, step):
+        return jax.tree.map(jnp.asarray, MASK) if mask is None else jax.tree.map(jnp.logical_not, mask)
+
+    rule = ssam_jax.MaskRule(None, observe, select, refresh_every=1)
     tx, params = ssam(0.1, rule), make_params()
     state, seen = tx.init(params), []
     for _ in range(2):
@@ -317,8 +320,8 @@ def test_a_mask_rule_gets_both_gradients_and_its_new_mask_serves_the_next_step()
         (TypeError, "ascent_steps.*2.0", 0.1, {"ascent_steps": 2.0}),
         (TypeError, "ascent_steps.*True", 0.1, {"ascent_steps": True}),
         (TypeError, "skip_zero_rho.*1", 0.1, {"skip_zero_rho": 1}),
-        (ValueError, "implicit.*mask=None", 0.1, {"form": "implicit"}),
-        (ValueError, "form.*'other'", 0.1, {"form": "other"}),
+        (TypeError, "direction.*'other'", 0.1, {"direction": "other"}),
+        (TypeError, "combine.*'other'", 0.1, {"combine": "other"}),
     ],
 )
 def test_an_argument_that_makes_no_sense_is_refused_by_name(error, match, rho, options):

@@ -17,6 +17,7 @@ import ssam_jax
 from ssam_jax import NM, Structured, Unstructured, two_pass_value_and_grad
 from ssam_jax._base import shardings
 from ssam_jax.masks import packing
+from ssam_jax.masks import rule as masks
 from ssam_jax.two_pass.active import FirstRow
 
 P = PartitionSpec
@@ -84,7 +85,9 @@ def check_lies_with(tree, params):
 
 def before_refresh(rule):
     """Return a state whose mask is a chequerboard of 2 x 2 tiles, which every pattern can trade."""
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(rule.init, PARAMS))
+    state = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(lambda: masks.init(rule, PARAMS))
+    )
     tiles = {
         name: sum(i // 2 for i in np.indices(m.shape)) % 2 == 0 if m.shape else np.array(True)
         for name, m in state.mask.items()
@@ -119,10 +122,10 @@ def refreshed(layout, keys, kind=AxisType.Auto):
         found = {}
         for key, state in states.items():
             sizes = jnp.array([p.size for p in jax.tree.leaves(params)], jnp.float32)
-            state = ssam_jax.SsamState(jnp.int32(contract.REFRESH - 1), sizes, state)
+            state = ssam_jax.SsamState(jnp.int32(contract.REFRESH - 1), sizes, state, (), (), ())
             tx = ssam_jax.ssam(0.1, rules[key])
             updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
-            found[key] = updates, state.mask_state
+            found[key] = updates, state.mask
         return found
 
     states = {key: placed(before_refresh(rule), params) for key, rule in rules.items()}
@@ -179,8 +182,8 @@ def test_the_first_mask_lies_with_the_parameters_and_is_that_of_one_device(rule,
         states = [tx.init(params), jax.jit(tx.init)(params)]
     for state in states:
         tiny.assert_same(state, expected)
-        check_lies_with(state.mask_state.mask, params)
-        check_lies_with(getattr(state.mask_state, "scores", {}), params)
+        check_lies_with(state.mask.mask, params)
+        check_lies_with(state.mask.memory or {}, params)
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {8}
 
 
@@ -193,7 +196,7 @@ def test_drawing_the_first_mask_moves_scalars_alone_and_makes_nothing_whole():
     program = jax.jit(tx.init).lower(abstract(params)).compile()
     assert max(size for _, size in hlo.communicated(program.as_text())) <= SMALL
     assert max(hlo.element_counts(program.as_text())) <= SHARD
-    for tree in (program.output_shardings.mask_state.bits, program.output_shardings.mask_state.scores):
+    for tree in (program.output_shardings.mask.bits, program.output_shardings.mask.memory):
         assert all(s.is_equivalent_to(params[name].sharding, params[name].ndim) for name, s in tree.items())
 
 

@@ -1,7 +1,5 @@
 """`get_mask`, `set_mask`, `active_leaves` and `mask_stats`; what the state weighs."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +16,6 @@ NONE = {"a": np.zeros((2, 4), bool), "b": np.zeros(2, bool)}
 ALL = {"a": np.ones((2, 4), bool), "b": np.ones(2, bool)}
 BY_COLUMN = {"a": np.array([[True, False, False, True]]), "b": np.array([False, True])}
 BY_TENSOR = {"a": np.array(True), "b": np.array(False)}
-
-
-class Bare(NamedTuple):
-    mask: Any
 
 
 def settable(pattern):
@@ -96,11 +90,16 @@ def test_churn_of_a_renewal_is_counted_in_the_loop():
     assert float(ssam_jax.mask_stats(new).churn) == pytest.approx(came / 16)
 
 
-def test_churn_is_nan_for_a_rule_that_does_not_keep_it():
-    tx = chain(ssam_jax.MaskRule(lambda params: Bare(ALL), lambda state, *args, **extra: state))
+def test_churn_is_counted_for_a_rule_of_one_s_own_too():
+    def select(memory, mask, params, key, step):
+        return jax.tree.map(jnp.asarray, FULL if mask is None else ALL)
+
+    tx = chain(ssam_jax.MaskRule(select=select, refresh_every=1))
+    params = jax.tree.map(jnp.ones_like, PARAMS)
     with jax.debug_nans(True):
-        stats = ssam_jax.mask_stats(tx.init(PARAMS))
-    assert np.isnan(float(stats.churn))
+        _, state = tx.update(params, tx.init(params), params, grad_fn=lambda p, i: p)
+        stats = ssam_jax.mask_stats(state)
+    assert float(stats.churn) == pytest.approx(6 / 10)
     assert float(ssam_jax.mask_stats(ssam_jax.set_mask(tx.init(PARAMS), FULL)).density) == pytest.approx(0.4)
 
 
@@ -118,8 +117,8 @@ def test_set_mask_changes_nothing_but_the_mask_and_its_churn():
     state = tx.init(PARAMS)
     fitting = {"a": FULL["a"], "b": np.array(True)}
     changed = ssam_jax.set_mask(state, fitting)
-    kept = changed[0].mask_state._replace(bits=state[0].mask_state.bits, churn=state[0].mask_state.churn)
-    tiny.assert_same((changed[0]._replace(mask_state=kept), changed[1]), state)
+    kept = changed[0].mask._replace(bits=state[0].mask.bits, churn=state[0].mask.churn)
+    tiny.assert_same((changed[0]._replace(mask=kept), changed[1]), state)
 
 
 def test_set_mask_works_under_jit():
@@ -215,9 +214,9 @@ READERS = [
 
 @pytest.mark.parametrize("read", READERS, ids=["get_mask", "active_leaves", "mask_stats", "set_mask"])
 def test_a_state_without_ssam_or_with_two_is_refused(read):
-    with pytest.raises(ValueError, match="exactly one ssam or alternating, found 0 in a tuple"):
+    with pytest.raises(ValueError, match="exactly one ssam, alternating or carried, found 0 in a tuple"):
         read(optax.adam(0.1).init(PARAMS))
-    with pytest.raises(ValueError, match="exactly one ssam or alternating, found 2 in a list"):
+    with pytest.raises(ValueError, match="exactly one ssam, alternating or carried, found 2 in a list"):
         read([state_with(ALL), state_with(ALL)])
 
 
@@ -265,8 +264,8 @@ OVERHEAD = 16 + 4 * LEAVES  # the step, churn and key; a size for each leaf
 def weight(rule):
     """Return the bytes of the state, scores left out."""
     state = jax.eval_shape(ssam_jax.ssam(0.1, rule).init, BIG)
-    if getattr(state.mask_state, "scores", None) is not None:
-        state = state._replace(mask_state=state.mask_state._replace(scores=None))
+    if rule is not None:
+        state = state._replace(mask=state.mask._replace(memory=()))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
@@ -302,9 +301,9 @@ def test_dense_sam_and_a_predicate_cost_a_few_bytes_a_leaf():
 
 def test_scores_are_kept_only_where_they_are_needed():
     with_refresh = ssam_jax.fisher_mask(NM(2, 4), refresh_every=2, accumulator_dtype=jnp.bfloat16)
-    scores = jax.eval_shape(with_refresh.init, BIG).scores
+    scores = jax.eval_shape(with_refresh.init, BIG)
     assert sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(scores)) == 2 * SIZE
-    assert jax.eval_shape(settable(NM(2, 4)).init, BIG).scores is None
+    assert settable(NM(2, 4)).init is None
 
 
 def test_stats_of_a_state_with_the_axis_of_vmap_are_refused_but_work_under_vmap():

@@ -40,6 +40,16 @@ def step_of(tx, **extra):
     return step
 
 
+def may_promote(optimizer):
+    """Let an optimizer of optax, but not this library, promote dtypes: Adam raises floats to ints."""
+
+    def update(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(*args, **kwargs)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
 def spec(tree):
     """Return what of a tree must not change from step to step."""
     return jax.tree.structure(tree), [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]

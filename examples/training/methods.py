@@ -85,7 +85,5 @@ def make_optimizer(
     if config.method == "plain":
         return optax.chain(*base)
     rule = make_rule(config, steps_per_epoch, seed)
-    ssam = ssam_jax.ssam(
-        chosen.rho, rule, form=config.form, normalize=config.normalize, adaptive=config.adaptive
-    )
+    ssam = ssam_jax.ssam(chosen.rho, rule, normalize=config.normalize, adaptive=config.adaptive)
     return optax.chain(ssam, *base)

@@ -49,7 +49,7 @@ def integer(name: str, value: Any, *, low: int = 1, also: str = "", remedy: str 
         raise ValueError(f"{name} must be below 2**31, where step counters stop, got {value}.")
 
 
-def number(name: str, value: Any, *, low: float, high: float, below: bool = False) -> None:
+def number(name: str, value: Any, *, low: float, high: float, below: bool = False, also: str = "") -> None:
     """Raise unless ``value`` is a real number of Python or NumPy from ``low`` to ``high``.
 
     Args:
@@ -58,6 +58,7 @@ def number(name: str, value: Any, *, low: float, high: float, below: bool = Fals
       low: the smallest allowed value.
       high: the largest allowed value.
       below: whether ``high`` itself is excluded.
+      also: what else the caller allows, for the message of a value of the wrong kind.
 
     Raises:
       TypeError: ``value`` is not a real number.
@@ -65,9 +66,17 @@ def number(name: str, value: Any, *, low: float, high: float, below: bool = Fals
     """
     span = f"from {low:g} to {'below ' * below}{high:g}"
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
-        raise TypeError(f"{name} must be a float {span}, got {value!r}.")
+        raise TypeError(f"{name} must be a float {span}{also}, got {value!r}.")
     if not low <= value <= high or (below and value == high):
         raise ValueError(f"{name} must be {span}, got {value!r}.")
+
+
+def seed(value: Any) -> None:
+    """Raise unless ``value`` is an integer, Python's of 64 bits or a scalar array."""
+    if not is_kind(value, jnp.integer) or jnp.shape(value) != ():
+        raise TypeError(f"seed must be an integer, got {value!r}.")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"seed must be from -2**63 to below 2**63, got {value}.")
 
 
 def takes(name: str, fn: Any, *arguments: str) -> None:

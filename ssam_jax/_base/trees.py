@@ -109,7 +109,17 @@ def global_norm(tree: chex.ArrayTree) -> jax.Array:
     leaves = jax.tree.leaves(tree)
     dtype = wide_dtype(*leaves)
     squares = (jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in leaves)
-    return jnp.sqrt(sum(squares, start=jnp.zeros((), dtype)))
+    return safe_sqrt(sum(squares, start=jnp.zeros((), dtype)))
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Return the square root, whose derivative at 0 is 0 here and not infinite."""
+    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
+
+
+def copied(x: jax.Array) -> jax.Array:
+    """Return a copy of an array; the shape of one (``jax.ShapeDtypeStruct``) as it is."""
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x)
 
 
 def where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:

@@ -1,50 +1,20 @@
 """Masks from dynamic sparse training (SSAM-D): drop the flattest, grow others."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings
-from ssam_jax.masks import packing, selection
+from ssam_jax.masks import selection
+from ssam_jax.masks.drawing import random_first
+from ssam_jax.masks.fitting import check_pattern
 from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern
-from ssam_jax.masks.rule import (
-    MaskRule,
-    as_key,
-    check_mask_state,
-    check_packed,
-    check_pattern,
-    check_refresh_every,
-    check_seed,
-    first_mask,
-    key_data,
-    renewed,
-)
-from ssam_jax.typing import Gradients, Mask, Params, Schedule
+from ssam_jax.masks.rule import MaskRule
+from ssam_jax.typing import Gradients, Mask, Params, PyTree, Scalar, Schedule
 
 Criterion = Literal["gradient", "weight", "random"]
-
-
-class DynamicState(NamedTuple):
-    """State of `dynamic_mask`.
-
-    Attributes:
-      bits: the mask, its long leaves packed (``ssam_jax.masks.packing``): uint8, uint16 or uint32 words where
-        bool would take a byte for each entry.
-      churn: float32 scalar, the share of the perturbed entries that the last renewal brought in.
-      key: uint32 key data, folded with the step where randomness is needed.
-    """
-
-    bits: Mask
-    churn: jax.Array
-    key: jax.Array
-
-    @property
-    def mask(self) -> Mask:
-        """Bool pytree, True where the parameter is perturbed."""
-        return packing.unpack(self.bits)
 
 
 def dynamic_mask(
@@ -76,59 +46,50 @@ def dynamic_mask(
       drop_fraction: f_0, 0 to 1, or an optax schedule for f itself, whose values below 0 and NaN count as
         0, and those above 1 as 1.
       total_steps: T_end, from which on nothing is traded. A schedule may do without.
-      drop: the score by which to drop: ``"gradient"``, the magnitude of the descent gradient, the
-        only one that is exact and whole in every form (the paper's choice: the flattest go);
-        ``"weight"``, that of the parameter; or ``"random"``. A unit's score is the mean over it.
+      drop: the score by which to drop: ``"gradient"``, the magnitude of the descent gradient, the only
+        one that is exact and complete in every form (the paper's choice: the flattest go); ``"weight"``,
+        that of the parameter; or ``"random"``. A unit's score is the mean over it.
       grow: the score by which to grow, the largest first; the same choices.
-      seed: seed of the first mask and of everything drawn later.
-      packed: as for `fisher_mask`.
+      seed: seed of the first mask and of everything drawn later, as for `MaskRule`.
+      packed: as for `MaskRule`.
 
     Returns:
-      A `MaskRule` with a `DynamicState`.
+      A `MaskRule` without memory.
 
     Raises:
       TypeError: an argument is of the wrong kind.
       ValueError: an argument is out of range, or the pattern cannot be traded at constant density.
     """
     units = _tradable(pattern)
-    check_refresh_every(refresh_every)
     if refresh_every is None:
         raise ValueError("refresh_every must be an int: without refresh, use random_mask(pattern).")
     for name, value in (("drop", drop), ("grow", grow)):
         checks.choice(name, value, ("gradient", "weight", "random"))
     fraction = _drop_schedule(drop_fraction, total_steps)
-    check_seed(seed)
-    check_packed(packed)
 
-    def traded(params: Params, key: jax.Array, mask: Mask, grads: Gradients, share: Any) -> Mask:
+    def observe(
+        memory: PyTree,
+        params: Params,
+        ascent_grads: Gradients | None,
+        descent_grads: Gradients,
+        step: jax.Array,
+        **extra: Any,
+    ) -> Gradients:
+        del memory, params, ascent_grads, step, extra
+        return descent_grads
+
+    def select(grads: Gradients, mask: Mask | None, params: Params, key: jax.Array, step: jax.Array) -> Mask:
+        if mask is None:
+            return random_first(pattern, key, params)
+        return shardings.computed_like(params, traded, key, mask, grads, fraction(step))
+
+    def traded(params: Params, key: jax.Array, mask: Mask, grads: Gradients, share: jax.Array) -> Mask:
         drop_key, grow_key = jax.random.split(key)
         to_keep = _unit_keys(units, drop, drop_key, params, grads)
         to_grow = _unit_keys(units, grow, grow_key, params, grads)
         return _trade(units, mask, params, to_keep, to_grow, share)
 
-    def init(params: Params) -> DynamicState:
-        key = key_data(seed)
-        return DynamicState(first_mask(pattern, key, params, packed), jnp.float32(0), key)
-
-    def update(
-        state: DynamicState,
-        params: Params,
-        ascent_grads: Any,
-        descent_grads: Gradients,
-        step: jax.Array,
-        **extra: Any,
-    ) -> DynamicState:
-        del ascent_grads, extra
-        check_mask_state(state, DynamicState, "dynamic_mask")
-
-        def renew() -> Mask:
-            key = jax.random.fold_in(as_key(state.key), step + 1)
-            return shardings.computed_like(params, traded, key, state.mask, descent_grads, fraction(step))
-
-        bits, churn = renewed(state, renew, step, refresh_every)
-        return state._replace(bits=bits, churn=churn)
-
-    return MaskRule(init, update)
+    return MaskRule(None, observe, select, refresh_every, seed=seed, packed=packed, keeps_memory=False)
 
 
 def _trade(
@@ -179,24 +140,20 @@ def _unit_keys(
     return selection.comparable_keys([pattern.units(jnp.abs(x)) for x in jax.tree.leaves(scores)])
 
 
-def _drop_schedule(drop_fraction: Any, total_steps: Any) -> Callable[[jax.Array], jax.Array]:
-    schedule = callable(drop_fraction)
-    if schedule:
+def _drop_schedule(drop_fraction: float | Schedule, total_steps: int | None) -> Schedule:
+    if callable(drop_fraction):
         checks.takes("drop_fraction", drop_fraction, "step")
-    if schedule and total_steps is None:
-        return lambda step: _fraction(drop_fraction(step))
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int):
-        raise TypeError(
-            "total_steps must be an int of at least 1; it can be left out only when drop_fraction is a"
-            f" schedule. Got {total_steps!r}."
-        )
-    checks.integer("total_steps", total_steps)
-    if schedule:
+        if total_steps is None:
+            return lambda step: _fraction(drop_fraction(step))
+    checks.integer(
+        "total_steps",
+        total_steps,
+        remedy="; it can be left out only when drop_fraction is a schedule",
+    )
+    assert total_steps is not None
+    if callable(drop_fraction):
         return lambda step: jnp.where(step < total_steps, _fraction(drop_fraction(step)), 0)
-    if isinstance(drop_fraction, bool) or not isinstance(drop_fraction, int | float):
-        raise TypeError(f"drop_fraction must be a float from 0 to 1 or a schedule, got {drop_fraction!r}.")
-    if not 0 <= drop_fraction <= 1:
-        raise ValueError(f"drop_fraction must be from 0 to 1, got {drop_fraction!r}.")
+    checks.number("drop_fraction", drop_fraction, low=0, high=1, also=" or a schedule")
 
     def cosine(step: jax.Array) -> jax.Array:
         progress = jnp.minimum(step.astype(jnp.float32) / total_steps, 1)
@@ -205,14 +162,14 @@ def _drop_schedule(drop_fraction: Any, total_steps: Any) -> Callable[[jax.Array]
     return cosine
 
 
-def _fraction(value: Any) -> Any:
+def _fraction(value: Scalar) -> Scalar:
     """Return what a schedule for the drop fraction returned, or raise unless it is a real scalar."""
     if not checks.is_kind(value, jnp.floating, jnp.integer) or jnp.shape(value) != ():
         raise TypeError(f"drop_fraction, a schedule, must return a real scalar, got {value!r}.")
     return value
 
 
-def _tradable(pattern: Any) -> UnitPattern:
+def _tradable(pattern: Pattern) -> UnitPattern:
     """Return the pattern, or raise if its parts cannot be traded at constant density."""
     check_pattern(pattern)
     if isinstance(pattern, NM):

@@ -1,49 +1,17 @@
-"""Masks from Fisher information (SSAM-F): running in the training loop, or exact beside it."""
+"""Masks from Fisher information (SSAM-F), estimated in the training loop or exactly."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ssam_jax._base import checks, shardings, trees
-from ssam_jax.masks import packing
+from ssam_jax.masks.drawing import random_first
+from ssam_jax.masks.fitting import check_pattern
 from ssam_jax.masks.patterns import Pattern
-from ssam_jax.masks.rule import (
-    OTHER_STATE,
-    MaskRule,
-    check_mask_state,
-    check_packed,
-    check_pattern,
-    check_refresh_every,
-    check_seed,
-    first_mask,
-    key_data,
-    renewed,
-)
-from ssam_jax.typing import Gradients, Mask, Params, Scores
-
-
-class FisherState(NamedTuple):
-    """State of `fisher_mask`.
-
-    Attributes:
-      bits: the mask, its long leaves packed (``ssam_jax.masks.packing``): uint8, uint16 or uint32 words where
-        bool would take a byte for each entry.
-      churn: float32 scalar, the share of the perturbed entries that the last renewal brought in.
-      scores: running mean of the squared gradient, shaped like the parameters; None without refresh.
-    """
-
-    bits: Mask
-    churn: jax.Array
-    scores: Scores | None
-
-    @property
-    def mask(self) -> Mask:
-        """Bool pytree, True where the parameter is perturbed."""
-        return packing.unpack(self.bits)
+from ssam_jax.masks.rule import MaskRule
+from ssam_jax.typing import Gradients, Mask, Params, PyTree, Scores
 
 
 def fisher_mask(
@@ -67,67 +35,58 @@ def fisher_mask(
 
     Args:
       pattern: which entries are kept, given the scores.
-      refresh_every: renew the mask at the end of every so many steps. None keeps no accumulators,
-        and the mask changes only by `set_mask`.
+      refresh_every: refresh the mask at the end of every so many steps. None keeps no running mean, and
+        the mask changes only by `set_mask`.
       decay: weight of the past in the running mean, 0 (the last gradient alone) to below 1.
       accumulator_dtype: dtype of the running mean, which is computed in float32 at least:
         ``float32``, or ``bfloat16`` for half the memory (keep ``decay`` at or below 0.99 then).
-      seed: seed of the first mask.
-      packed: whether the state keeps a bit, not a byte, for each entry of a mask, in every leaf whose last
-        axis is a multiple of 64 (or the second last of 128, the third last of 256). False is for meshes
-        that do not divide the words (64 output channels, eight words, over more than eight devices).
+      seed: seed of the first mask, as for `MaskRule`.
+      packed: as for `MaskRule`.
 
     Returns:
-      A `MaskRule` with a `FisherState`.
+      A `MaskRule` whose memory is the running mean, shaped like the parameters; ``()`` without refresh.
 
     Raises:
-      TypeError: a pattern, a seed, a number or a bool is not one.
-      ValueError: ``decay`` or ``refresh_every`` is out of range, or ``accumulator_dtype`` another dtype.
+      TypeError: an argument is of the wrong kind.
+      ValueError: ``decay`` or ``refresh_every`` is out of range, or ``accumulator_dtype`` is another dtype.
     """
     check_pattern(pattern)
-    check_refresh_every(refresh_every)
-    _check_decay(decay)
+    checks.number("decay", decay, low=0, high=1, below=True)
     _check_accumulator(accumulator_dtype)
-    check_seed(seed)
-    check_packed(packed)
 
-    def init(params: Params) -> FisherState:
-        scores = None
-        if refresh_every is not None:
-            scores = jax.tree.map(lambda p: shardings.zeros_like(p, accumulator_dtype), params)
-        return FisherState(first_mask(pattern, key_data(seed), params, packed), jnp.float32(0), scores)
+    def init(params: Params) -> Scores:
+        return jax.tree.map(lambda p: shardings.zeros_like(p, accumulator_dtype), params)
 
-    def update(
-        state: FisherState,
+    def observe(
+        scores: Scores,
         params: Params,
-        ascent_grads: Any,
+        ascent_grads: Gradients | None,
         descent_grads: Gradients,
         step: jax.Array,
         **extra: Any,
-    ) -> FisherState:
-        del ascent_grads, extra
-        check_mask_state(state, FisherState, "fisher_mask", scores=refresh_every is not None)
-        if refresh_every is None:
-            return state
-        trees.check_same_shapes(state.scores, params, "the scores in the state", "params", OTHER_STATE)
+    ) -> Scores:
+        del params, ascent_grads, step, extra
+        return jax.tree.map(accumulate, scores, descent_grads)
 
-        def accumulate(score: jax.Array, grad: jax.Array) -> jax.Array:
-            past = trees.widened(score)
-            square = jnp.square(grad.astype(past.dtype))
-            mean = decay * past + (1 - decay) * square
-            return jnp.where(jnp.isfinite(square), mean, past).astype(score.dtype)
+    def accumulate(score: jax.Array, grad: jax.Array) -> jax.Array:
+        past = trees.widened(score)
+        square = jnp.square(grad.astype(past.dtype))
+        mean = decay * past + (1 - decay) * square
+        return jnp.where(jnp.isfinite(square), mean, past).astype(score.dtype)
 
-        scores = jax.tree.map(accumulate, state.scores, descent_grads)
-        bits, churn = renewed(state, lambda: pattern(scores), step, refresh_every)
-        return FisherState(bits, churn, scores)
+    def select(scores: Scores, mask: Mask | None, params: Params, key: jax.Array, step: jax.Array) -> Mask:
+        del step
+        return random_first(pattern, key, params) if mask is None else pattern(scores)
 
-    return MaskRule(init, update)
+    if refresh_every is None:
+        return MaskRule(select=select, seed=seed, packed=packed)
+    return MaskRule(init, observe, select, refresh_every, seed=seed, packed=packed)
 
 
 def empirical_fisher(
     loss_fn: Callable[[Params, Any], jax.Array],
     params: Params,
-    batch: chex.ArrayTree,
+    batch: PyTree,
     *,
     chunk_size: int,
 ) -> Scores:
@@ -157,10 +116,7 @@ def empirical_fisher(
     """
     checks.takes("loss_fn", loss_fn, "params", "example")
     trees.check_floating(params, "params")
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size must be an int of at least 1, got {chunk_size!r}.")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    checks.integer("chunk_size", chunk_size)
     examples = _count_examples(batch)
     chunks, rest = divmod(examples, chunk_size)
 
@@ -178,7 +134,7 @@ def empirical_fisher(
     def chunk_of(x: jax.Array, i: Any) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
 
-    def mean_square(params: Params, batch: chex.ArrayTree) -> Scores:
+    def mean_square(params: Params, batch: PyTree) -> Scores:
         def add(total: Scores, chunk: Any) -> Scores:
             grads = per_example(params, chunk)
             return jax.tree.map(lambda t, g: t + jnp.sum(jnp.square(trees.widened(g)), axis=0), total, grads)
@@ -196,13 +152,6 @@ def empirical_fisher(
     return shardings.computed_like(params, mean_square, batch)
 
 
-def _check_decay(decay: Any) -> None:
-    if isinstance(decay, bool) or not isinstance(decay, int | float | np.floating):
-        raise TypeError(f"decay must be a float from 0 to below 1, got {decay!r}.")
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be from 0 to below 1, got {decay!r}.")
-
-
 def _check_accumulator(dtype: Any) -> None:
     try:
         known = dtype is not None and jnp.dtype(dtype) in map(
@@ -214,7 +163,7 @@ def _check_accumulator(dtype: Any) -> None:
         raise ValueError(f"accumulator_dtype must be float32, bfloat16 or float64, got {dtype!r}.")
 
 
-def _count_examples(batch: chex.ArrayTree) -> int:
+def _count_examples(batch: PyTree) -> int:
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or sizes & {(), (0,)}:
         raise ValueError(

@@ -1,80 +1,102 @@
-"""Mask rules: how a mask is born and when it is renewed."""
+"""A mask rule: what it remembers, what it learns from a step, and which mask it selects."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings, trees
 from ssam_jax.masks import packing
-from ssam_jax.masks.patterns import Pattern
-from ssam_jax.typing import Gradients, Mask, Params
+from ssam_jax.masks.fitting import OTHER_STATE, check_mask
+from ssam_jax.typing import Gradients, Mask, Params, PyTree
 
-OTHER_STATE = (
-    "The state is of another rule, of other options or of other parameters: make it anew with"
-    " tx.init(params); set_mask can put an old mask into it."
-)
-"""What to say about a state that does not fit."""
+Init: TypeAlias = Callable[[Params], PyTree]
+"""The first function of a `MaskRule`: parameters to memory."""
 
+Observe: TypeAlias = Callable[..., PyTree]
+"""The second: memory, parameters, both gradients, the step and extra arguments to memory."""
 
-class InitFn(Protocol):
-    """The first half of a `MaskRule`."""
-
-    def __call__(self, params: Params, /) -> Any:
-        """Return the state; its ``.mask`` already obeys the rule."""
+Select: TypeAlias = Callable[[PyTree, Mask | None, Params, jax.Array, jax.Array], Mask]
+"""The third: memory, mask, parameters, key and step to the next mask."""
 
 
-class UpdateFn(Protocol):
-    """The second half of a `MaskRule`."""
+@dataclasses.dataclass(frozen=True)
+class MaskRule:
+    """Three pure functions that decide which parameters a step perturbs.
 
-    def __call__(
-        self,
-        state: Any,
-        params: Params,
-        ascent_grads: Gradients | None,
-        descent_grads: Gradients,
-        step: jax.Array,
-        **extra: Any,
-    ) -> Any:
-        """Return the next state, of the same structure, shapes and dtypes."""
+    The carrier (`ssam`, `alternating`, `carried`) owns the mask, its churn and the random key, and refreshes
+    the mask under ``lax.cond``, so that the other steps pay nothing for it. A rule that perturbs the largest
+    weights, chosen again every 100 steps::
 
+        def select(memory, mask, params, key, step):
+            return pattern(jax.tree.map(jnp.abs, params))
 
-class MaskRule(NamedTuple):
-    """A pair of pure functions that owns a mask, as an optax transformation owns its state.
+        rule = MaskRule(select=select, refresh_every=100)
 
-    ``update`` is called once a step, after the descent gradient, and the mask of the state it
-    returns is used from the *next* step on. It runs inside the user's ``jit``.
+    All functions run inside the user's ``jit``. A new mask is used from the *next* step on.
 
     Attributes:
-      init: ``init(params) -> state``. A state is a NamedTuple of arrays with a field ``mask``, a pytree
-        of bool arrays of the structure of the parameters whose leaves broadcast against them (or a
-        field ``bits``, that pytree packed, and a property ``mask``). A field ``churn``, a float32
-        scalar, is read by `mask_stats` and written by `set_mask`.
-      update: ``update(state, params, ascent_grads, descent_grads, step, **extra) -> state``, with
-        ``step`` an int32 scalar that counts from 0. ``ascent_grads`` is the gradient at ``params``,
-        or None under `alternating`, which does not keep it. ``extra`` holds the extra arguments of
-        ``tx.update``.
+      init: ``init(params) -> memory``, a pytree of arrays. None: there is no memory, which is ``()``.
+      observe: ``observe(memory, params, ascent_grads, descent_grads, step, **extra) -> memory``, called
+        every step after the descent gradient, with ``step`` an int32 scalar that counts from 0.
+        ``ascent_grads`` is the gradient at ``params``, or None where the carrier does not keep it.
+        ``extra`` holds the extra arguments of ``tx.update``. None: the memory never changes.
+      select: ``select(memory, mask, params, key, step) -> mask``, called on refresh steps, and once by
+        ``init`` with ``mask=None`` and ``step=0``. A mask is a pytree of bool arrays of the structure of the
+        parameters, True where perturbed, whose leaves broadcast against them. ``key`` is a typed PRNG key,
+        another one at every call.
+      refresh_every: select a new mask at the end of every so many steps; None keeps the first, which
+        `set_mask` can replace.
+      seed: an integer, Python's or a traced scalar (to ``vmap`` over seeds), from which keys are made.
+      packed: whether the state keeps a bit, not a byte, for each entry of a mask, in every leaf whose last
+        axis is a multiple of 64 (or the second last of 128, the third last of 256). False is for meshes
+        that do not divide the words (64 output channels, eight words, over more than eight devices).
+      keeps_memory: whether the state keeps what ``observe`` returns. False hands it to ``select`` of the same
+        step alone, and ``observe`` always sees the memory of ``init``: a gradient that only the refresh
+        reads takes no memory then.
+
+    Raises:
+      TypeError: an attribute is of the wrong kind.
+      ValueError: ``refresh_every`` or ``seed`` is out of range.
     """
 
-    init: InitFn
-    update: UpdateFn
+    init: Init | None = None
+    observe: Observe | None = None
+    select: Select | None = None
+    refresh_every: int | None = None
+    seed: int | jax.Array = 0
+    packed: bool = True
+    keeps_memory: bool = True
+
+    def __post_init__(self) -> None:
+        for name, optional in (("init", True), ("observe", True), ("select", False)):
+            function = getattr(self, name)
+            if not (callable(function) or (optional and function is None)):
+                raise TypeError(f"{name} must be a function{' or None' * optional}, got {function!r}.")
+        if self.refresh_every is not None:
+            checks.integer("refresh_every", self.refresh_every, also=", or None")
+        checks.seed(self.seed)
+        checks.flag("packed", self.packed)
+        checks.flag("keeps_memory", self.keeps_memory)
 
 
 class MaskState(NamedTuple):
-    """State of `random_mask` and `fixed_mask`.
+    """What a carrier keeps for a mask rule.
 
     Attributes:
-      bits: the mask, its long leaves packed (``ssam_jax.masks.packing``): uint8, uint16 or uint32 words where
-        bool would take a byte for each entry.
-      churn: float32 scalar, the share of the perturbed entries that the last renewal brought in.
-      key: uint32 key data, folded with the step where randomness is needed; None for `fixed_mask`.
+      bits: the mask, its long leaves packed: uint8, uint16 or uint32 words where bool would take a byte for
+        each entry.
+      churn: float32 scalar, the share of the perturbed entries that the last refresh brought in.
+      key: uint32 key data, folded with the step where randomness is needed.
+      memory: the rule's own.
     """
 
     bits: Mask
     churn: jax.Array
-    key: jax.Array | None
+    key: jax.Array
+    memory: PyTree
 
     @property
     def mask(self) -> Mask:
@@ -82,134 +104,59 @@ class MaskState(NamedTuple):
         return packing.unpack(self.bits)
 
 
-def random_mask(
-    pattern: Pattern, *, refresh_every: int | None = None, seed: int | jax.Array = 0, packed: bool = True
-) -> MaskRule:
-    """Perturb a random part of the parameters, for ablations.
-
-    Args:
-      pattern: the shape and size of the part.
-      refresh_every: draw a new mask at the end of every so many steps; None keeps the first.
-      seed: an integer, Python's or a traced scalar (to ``vmap`` over seeds).
-      packed: as for `fisher_mask`.
-
-    Returns:
-      A `MaskRule` with a `MaskState`.
-
-    Raises:
-      TypeError: a pattern, a seed or a bool is not one.
-      ValueError: ``refresh_every`` is below 1.
-    """
-    check_pattern(pattern)
-    check_refresh_every(refresh_every)
-    check_seed(seed)
-    check_packed(packed)
-
-    def init(params: Params) -> MaskState:
-        key = key_data(seed)
-        return MaskState(first_mask(pattern, key, params, packed), jnp.float32(0), key)
-
-    def update(
-        state: MaskState, params: Params, ascent_grads: Any, descent_grads: Any, step: jax.Array, **extra: Any
-    ) -> MaskState:
-        del ascent_grads, descent_grads, extra
-        check_mask_state(state, MaskState, "random_mask", key=True)
-
-        def renew() -> Mask:
-            return pattern.random(jax.random.fold_in(as_key(state.key), step + 1), params)
-
-        bits, churn = renewed(state, renew, step, refresh_every)
-        return state._replace(bits=bits, churn=churn)
-
-    return MaskRule(init, update)
+def init(rule: MaskRule, params: Params) -> MaskState:
+    """Return the state before the first step; its mask already obeys the rule."""
+    key = jax.random.key(rule.seed)
+    memory = () if rule.init is None else rule.init(params)
+    mask = _selected(rule, memory, None, params, key, jnp.zeros((), jnp.int32))
+    mask = jax.tree.map(shardings.alike, mask, params)
+    bits = packing.pack(mask) if rule.packed else mask
+    # Key data is plain uint32, which every checkpoint format can hold.
+    return MaskState(bits, jnp.zeros((), jnp.float32), jax.random.key_data(key), memory)
 
 
-def fixed_mask(tree_or_predicate: Mask | Callable[[str], bool], *, packed: bool = True) -> MaskRule:
-    """Perturb a part of the parameters that is chosen once, by hand.
-
-    Args:
-      tree_or_predicate: a pytree of bools or bool arrays, a prefix of the parameters' tree whose
-        leaves broadcast against them; or a function of a parameter's path, such as
-        ``"params/Dense_0/kernel"``, that returns whether to perturb it. "Norm layers only" is
-        ``fixed_mask(lambda path: "norm" in path.lower())``.
-      packed: as for `fisher_mask`.
-
-    Returns:
-      A `MaskRule` with a `MaskState`. Only `set_mask` changes the mask.
-
-    Raises:
-      TypeError: ``packed`` or a leaf of the tree is not a bool, or a predicate takes more than a path; or at
-        ``init``, a predicate's answer is not a bool.
-      ValueError: at ``init``, the tree does not fit the parameters.
-    """
-    check_packed(packed)
-    if isinstance(tree_or_predicate, Pattern):
-        raise TypeError(
-            f"fixed_mask takes a tree of bools or a function of a path, got {tree_or_predicate!r}, which"
-            " needs scores: take fixed_mask(pattern(scores)), or random_mask(pattern)."
-        )
-    if callable(tree_or_predicate):
-        checks.takes("predicate", tree_or_predicate, "path")
-    else:
-        check_bools(tree_or_predicate, "the mask")
-
-    def init(params: Params) -> MaskState:
-        if callable(tree_or_predicate):
-            mask = trees.map_with_path(lambda path, _: _answer(tree_or_predicate, path), params)
-        else:
-            mask = _spread(tree_or_predicate, params)
-        check_mask(mask, params)
-        mask = jax.tree.map(shardings.alike, mask, params)
-        return MaskState(packing.pack(mask) if packed else mask, jnp.float32(0), None)
-
-    def update(state: MaskState, *args: Any, **extra: Any) -> MaskState:
-        del args, extra
-        check_mask_state(state, MaskState, "fixed_mask", key=False)
+def update(
+    rule: MaskRule,
+    state: MaskState,
+    params: Params,
+    ascent_grads: Gradients | None,
+    descent_grads: Gradients,
+    step: jax.Array,
+    **extra: Any,
+) -> MaskState:
+    """Return the state after a step: the rule told of the gradients, the mask refreshed if it is time."""
+    _check_memory(rule, state, params)
+    memory = state.memory
+    if rule.observe is not None:
+        memory = rule.observe(memory, params, ascent_grads, descent_grads, step, **extra)
+    if rule.keeps_memory:
+        _check_same(memory, state.memory, "what observe returns", "the memory that it was given")
+        state = state._replace(memory=memory)
+    if rule.refresh_every is None:
         return state
 
-    return MaskRule(init, update)
+    def refresh() -> tuple[Mask, jax.Array]:
+        old, key = state.mask, jax.random.wrap_key_data(state.key)
+        new = _selected(rule, memory, old, params, jax.random.fold_in(key, step + 1), step)
+        trees.check_same_shapes(new, old, "the mask that select returns", "the one in the state", OTHER_STATE)
+        new = jax.tree.map(shardings.alike, new, old)
+        return packing.pack_like(new, state.bits), churn(old, new)
+
+    due = (step + 1) % rule.refresh_every == 0
+    bits, changed = jax.lax.cond(due, refresh, lambda: (state.bits, state.churn))
+    return state._replace(bits=bits, churn=changed)
 
 
-def _answer(predicate: Callable[[str], bool], path: str) -> jax.Array:
-    answer = predicate(path)
-    if not isinstance(answer, bool) and getattr(answer, "dtype", None) != jnp.bool_:
-        raise TypeError(f"the predicate given to fixed_mask must return a bool, got {answer!r} for {path!r}.")
-    return jnp.array(answer)
+def _selected(
+    rule: MaskRule, memory: PyTree, mask: Mask | None, params: Params, key: jax.Array, step: jax.Array
+) -> Mask:
+    assert rule.select is not None  # MaskRule has checked it
+    selected = rule.select(memory, mask, params, key, step)
+    check_mask(selected, params)
+    return selected
 
 
-def _spread(prefix: Mask, params: Params) -> Mask:
-    """Return a copy of a tree of masks for every leaf below each of its own."""
-    if not jax.tree.leaves(params):  # nothing to mask; optax.tree_map_params passes a placeholder
-        return params
-    try:
-        return jax.tree.map(lambda m, part: jax.tree.map(lambda _: jnp.array(m), part), prefix, params)
-    except ValueError as error:
-        raise ValueError(
-            f"the tree given to fixed_mask must be a prefix of the parameters' tree: {error}"
-        ) from None
-
-
-def renewed(
-    state: Any, renew: Callable[[], Mask], step: jax.Array, refresh_every: int | None
-) -> tuple[Mask, jax.Array]:
-    """Return the bits of the mask and its churn after a step: new at the end of every k-th, else the old.
-
-    The renewal is under ``lax.cond``, so the other steps do not pay for it. The new mask lies where the
-    old one does.
-    """
-    if refresh_every is None:
-        return state.bits, state.churn
-
-    def replace() -> tuple[Mask, jax.Array]:
-        old, new = state.mask, renew()
-        trees.check_same_shapes(new, old, "the renewed mask", "the one in the state", OTHER_STATE)
-        mask = jax.tree.map(shardings.alike, new, old)
-        return packing.pack_like(mask, state.bits), mask_churn(old, mask)
-
-    return jax.lax.cond((step + 1) % refresh_every == 0, replace, lambda: (state.bits, state.churn))
-
-
-def mask_churn(old: Mask, new: Mask) -> jax.Array:
+def churn(old: Mask, new: Mask) -> jax.Array:
     """Return the share of the True entries of ``new`` that are False in ``old``, a float32 scalar.
 
     Entries of masks that broadcast count once, however many parameters they stand for.
@@ -221,131 +168,13 @@ def mask_churn(old: Mask, new: Mask) -> jax.Array:
     return jnp.where(active > 0, came / jnp.maximum(active, 1), 0)
 
 
-def first_mask(pattern: Pattern, key: jax.Array, params: Params, packed: bool) -> Mask:
-    """Return the bits of a random mask that obeys the pattern: masked from the first step on."""
-    mask = _placed_draw(pattern, key, params)
-    return packing.pack(mask) if packed else mask
+def _check_memory(rule: MaskRule, state: MaskState, params: Params) -> None:
+    """Raise unless the memory in a state is one that this rule's ``init`` makes for these parameters."""
+    expected = () if rule.init is None else jax.eval_shape(rule.init, params)
+    name, expected_name = "the memory of the mask rule in the state", "what this rule's init(params) returns"
+    trees.check_same_shapes(state.memory, expected, name, expected_name, OTHER_STATE)
 
 
-def _placed_draw(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
-    """Return a random mask that lies where the parameters do."""
-    leaves, treedef = jax.tree.flatten(params)
-    if any(isinstance(leaf, jax.core.Tracer) or shardings.explicit(leaf) for leaf in leaves):
-        return _draw_like(pattern, key, params)
-    shapes = tuple(jnp.shape(leaf) for leaf in leaves)
-    placed = tuple(shardings.concrete(leaf) for leaf in leaves)
-    if len({frozenset(s.device_set) for s in placed if s is not None}) > 1:  # no program spans them
-        mask = _draw(pattern, treedef, tuple((shape, None) for shape in shapes), key)
-        return jax.tree.map(shardings.alike, mask, params)
-    return _draw(pattern, treedef, tuple(zip(shapes, placed)), key)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _draw(
-    pattern: Pattern, treedef: Any, placed: tuple[tuple[tuple[int, ...], Any], ...], key: jax.Array
-) -> Mask:
-    """Draw under ``jit``: op by op, ``init`` would compile every operation, and fill one device first."""
-    params = treedef.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in placed])
-    mask = pattern.random(as_key(key), params)
-    leaves = [
-        m if sharding is None else shardings.constrained(m, sharding, shape)
-        for m, (shape, sharding) in zip(treedef.flatten_up_to(mask), placed)
-    ]
-    return treedef.unflatten(leaves)
-
-
-@functools.partial(jax.jit, static_argnums=0, keep_unused=True)
-def _draw_like(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
-    return pattern.random(as_key(key), params)
-
-
-def key_data(seed: int | jax.Array) -> jax.Array:
-    """Return a seed's key as plain uint32 data, which every checkpoint format can hold."""
-    return jax.random.key_data(jax.random.key(seed))
-
-
-def as_key(data: Any) -> jax.Array:
-    """Return the typed key of `key_data`."""
-    return jax.random.wrap_key_data(data)
-
-
-def check_pattern(pattern: Any) -> None:
-    """Raise TypeError unless ``pattern`` is a hashable `Pattern`."""
-    if not isinstance(pattern, Pattern):
-        raise TypeError(
-            "pattern must be a Pattern such as Unstructured(sparsity=0.5), Structured(...) or"
-            f" NM(2, 4), got {pattern!r}."
-        )
-    if type(pattern).__hash__ is None:
-        raise TypeError(f"pattern must be hashable (a frozen dataclass, for instance), got {pattern!r}.")
-
-
-def check_packed(packed: Any) -> None:
-    """Raise TypeError unless ``packed`` is a bool."""
-    if not isinstance(packed, bool):
-        raise TypeError(f"packed must be a bool, got {packed!r}.")
-
-
-def check_seed(seed: Any) -> None:
-    """Raise unless ``seed`` is an integer, Python's of 64 bits or a scalar array."""
-    if not checks.is_kind(seed, jnp.integer) or jnp.shape(seed) != ():
-        raise TypeError(f"seed must be an integer, got {seed!r}.")
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must be from -2**63 to below 2**63, got {seed}.")
-
-
-def check_refresh_every(refresh_every: Any) -> None:
-    """Raise unless ``refresh_every`` is None or a positive int."""
-    if refresh_every is None:
-        return
-    checks.integer("refresh_every", refresh_every, also=", or None")
-
-
-def check_mask(mask: Any, params: Params, remedy: str = "") -> None:
-    """Raise, naming the leaf, unless ``mask`` has bool leaves that broadcast against ``params``."""
-    trees.check_same_structure(mask, params, "the mask", "the parameters", remedy)
-    check_bools(mask, "the mask")
-    for path, m, p in zip(trees.leaf_paths(params), jax.tree.leaves(mask), jax.tree.leaves(params)):
-        if not _broadcasts(jnp.shape(m), jnp.shape(p)):
-            raise ValueError(
-                f"the mask's leaf {path!r} of shape {jnp.shape(m)} does not broadcast against {jnp.shape(p)},"
-                f" the parameter's.{remedy and ' '}{remedy}"
-            )
-
-
-def check_bools(mask: Any, name: str) -> None:
-    """Raise TypeError, naming the leaf, unless all leaves are bools or bool arrays."""
-    for path, leaf in zip(trees.leaf_paths(mask), jax.tree.leaves(mask)):
-        if not checks.is_kind(leaf, jnp.bool_):
-            raise TypeError(
-                f"{name} must be bool, but its leaf {path!r} is {checks.named(checks.kind(leaf))}; True"
-                " means perturbed."
-            )
-
-
-def check_mask_state(state: Any, kind: type, rule: str, **present: bool) -> None:
-    """Raise TypeError unless the state that a rule's ``update`` gets is one that its ``init`` made.
-
-    Args:
-      state: the state of some rule.
-      kind: the class that it must have.
-      rule: which, for the message.
-      **present: for fields, whether they are to be there or to be None.
-    """
-
-    def described(kind: type, present: dict[str, bool]) -> str:
-        fields = (f"{name} {'there' if there else 'None'}" for name, there in present.items())
-        return " with ".join([kind.__name__, *fields])
-
-    known = type(state) is kind
-    found = {name: getattr(state, name) is not None for name in present} if known else {}
-    if not known or found != present:
-        raise TypeError(
-            f"this {rule} needs the state of its own init, {described(kind, present)}, got"
-            f" {described(type(state), found)}. {OTHER_STATE}"
-        )
-
-
-def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    padded = (1,) * (len(target) - len(shape)) + shape
-    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(padded, target))
+def _check_same(new: PyTree, old: PyTree, name: str, old_name: str) -> None:
+    trees.check_same_shapes(new, old, name, old_name)
+    trees.check_same_dtypes(new, old, name, old_name)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings, trees
-from ssam_jax.ascent.ball import Normalize, apply_mask, asam_scale
-from ssam_jax.masks.rule import check_mask
+from ssam_jax.ascent.ball import apply_mask, asam_scale
+from ssam_jax.masks.fitting import check_mask
 from ssam_jax.sharpness import objective as obj
 from ssam_jax.sharpness import progress as bars
 from ssam_jax.sharpness.arguments import above_zero, at_least_one, seed_of
 from ssam_jax.sharpness.results import Estimate, WorstCase, estimate
-from ssam_jax.typing import Gradients, Mask, Params, Scalar
+from ssam_jax.typing import Gradients, Mask, Normalize, Params, Scalar
 
 
 def worst_case_rise(

@@ -2,15 +2,17 @@
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssam_jax._base import trees
-from ssam_jax.typing import Params
+from ssam_jax._base import shardings, trees
+from ssam_jax.masks.rule import MaskState
+from ssam_jax.state import find_single
+from ssam_jax.typing import Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +52,47 @@ class FirstRow:
 
 Active: TypeAlias = tuple[bool | FirstRow, ...]
 """For each leaf, in flattening order: all of it, none of it, or its rows from one on."""
+
+
+def active_leaves(opt_state: PyTree) -> Active:
+    """Return for each leaf, in flattening order, whether any of it is perturbed.
+
+    For a leaf of two dimensions or more whose mask is all True or all False in every row, such as
+    the stacked layers of a scan masked by layer, and whose first row is not perturbed, it is the
+    `FirstRow` that is. The tuple is hashable, to be a static argument of ``jit``. It reads the mask's
+    values: call it between steps.
+
+    Args:
+      opt_state: as for `get_mask`.
+
+    Raises:
+      TypeError: ``opt_state`` holds shapes in place of arrays.
+      ValueError: called under ``jit``, or there is no `ssam` in ``opt_state``, or more than one.
+    """
+    state = find_single(opt_state, "active_leaves")
+    if not isinstance(state.mask, MaskState):
+        return (True,) * state.leaf_sizes.shape[0]
+    leaves = jax.tree.leaves(state.mask.mask)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise ValueError(
+            "active_leaves reads the mask's values, which are not known under jit. Call it between"
+            " steps and pass the tuple on as a static argument."
+        )
+    found = [(_by_row(jnp.any, leaf), _by_row(jnp.all, leaf)) for leaf in leaves]
+    rows = jax.device_get(jax.tree.map(shardings.readable, found))
+    return tuple(_activity(some, whole) for some, whole in rows)
+
+
+def _by_row(reduce: Callable[..., jax.Array], mask: jax.Array) -> jax.Array:
+    """Reduce a mask to one value a row; one of fewer than two dimensions to a single value."""
+    return reduce(mask, axis=tuple(range(1, mask.ndim))) if mask.ndim > 1 else reduce(mask)[None]
+
+
+def _activity(some: np.ndarray, whole: np.ndarray) -> bool | FirstRow:
+    if not some.any():
+        return False
+    first = int(some.argmax())
+    return FirstRow(first) if first and (some == whole).all() else True
 
 
 def check_active(active: Any, params: Params) -> Active:

@@ -131,8 +131,8 @@ def test_a_packed_state_has_the_masks_and_takes_the_steps_of_one_that_is_not(rul
             masks.append(ssam_jax.get_mask(state))
         assert tiny.spec(state) == before and step._cache_size() == 1
         ends.append((params, masks, ssam_jax.mask_stats(state), ssam_jax.active_leaves(state)))
-        kept = state.mask_state._replace(**{"scores": None} if "scores" in state.mask_state._fields else {})
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state._replace(mask_state=kept)))
+        kept = state.mask._replace(memory=())
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state._replace(mask=kept)))
         whole = sum(m.size for m in jax.tree.leaves(masks[0]))
         assert size <= (whole / 8 if packed else whole) + 64
     tiny.assert_same(*ends)

@@ -2,13 +2,13 @@
 
 import functools
 import itertools
-from typing import Any, NamedTuple
 
 import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import strategies as st
 
 from ssam_jax import (
@@ -23,7 +23,8 @@ from ssam_jax import (
     random_mask,
     ssam,
 )
-from ssam_jax.masks.rule import mask_churn
+from ssam_jax.masks import rule as masks
+from ssam_jax.masks.rule import churn
 
 HALF = Unstructured(0.5)
 PARAMS = {"bias": jnp.arange(4.0), "kernel": -jnp.arange(12.0).reshape(3, 4)}
@@ -47,8 +48,8 @@ def flat(tree):
 
 def run(rule, grads, params=PARAMS):
     """Return the states after each step."""
-    state, states = rule.init(params), []
-    update = jax.jit(lambda state, g, t: rule.update(state, params, g, g, t))
+    state, states = masks.init(rule, params), []
+    update = jax.jit(lambda state, g, t: masks.update(rule, state, params, g, g, t))
     for t, g in enumerate(grads):
         state = update(state, g, jnp.int32(t))
         states.append(state)
@@ -63,16 +64,16 @@ def test_fisher_scores_are_the_running_mean_of_squared_gradients():
     expected = np.zeros(16)
     for state, g in zip(run(fisher_mask(Positive(), refresh_every=2, decay=0.8), grads), grads):
         expected = 0.8 * expected + 0.2 * flat(g).astype(np.float64) ** 2
-        np.testing.assert_allclose(flat(state.scores), expected, rtol=1e-5)
+        np.testing.assert_allclose(flat(state.memory), expected, rtol=1e-5)
 
 
 def test_fisher_renews_the_mask_at_the_end_of_every_kth_step():
     rule = fisher_mask(HALF, refresh_every=3, decay=0.5)
-    before, grads = rule.init(PARAMS), [like(PARAMS, seed) for seed in range(7)]
+    before, grads = masks.init(rule, PARAMS), [like(PARAMS, seed) for seed in range(7)]
     renewals = []
     for t, state in enumerate(run(rule, grads)):
         if (t + 1) % 3 == 0:
-            best = np.argsort(-flat(state.scores), kind="stable")[:8]
+            best = np.argsort(-flat(state.memory), kind="stable")[:8]
             assert set(np.flatnonzero(flat(state.mask))) == set(best)
             came = flat(state.mask) & ~flat(before.mask)
             assert float(state.churn) == came.sum() / 8
@@ -101,10 +102,10 @@ def test_a_step_uses_the_mask_made_at_the_end_of_the_step_before():
 
     state = tx.init(jnp.zeros(4))
     for steep in (2, 0, 3):
-        used = np.asarray(state.mask_state.mask)
+        used = np.asarray(state.mask.mask)
         point, state = step(state, jnp.zeros(4).at[steep].set(5.0))
         np.testing.assert_allclose(point, np.where(used, 0.5, 0.0), rtol=1e-6)
-        assert np.flatnonzero(state.mask_state.mask).tolist() == [steep]
+        assert np.flatnonzero(state.mask.mask).tolist() == [steep]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -113,8 +114,8 @@ def test_gradient_entries_that_are_not_finite_leave_the_mean(bad):
     good = {"bias": jnp.full(4, 2.0), "kernel": jnp.full((3, 4), 2.0)}
     spoilt = {"bias": good["bias"].at[1].set(bad), "kernel": good["kernel"]}
     states = run(rule, [good, spoilt])
-    assert states[0].scores["bias"].tolist() == [2.0] * 4
-    assert states[1].scores["bias"].tolist() == [3.0, 2.0, 3.0, 3.0]
+    assert states[0].memory["bias"].tolist() == [2.0] * 4
+    assert states[1].memory["bias"].tolist() == [3.0, 2.0, 3.0, 3.0]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -124,18 +125,18 @@ def test_accumulators_have_the_dtype_asked_for_and_are_computed_in_float32(dtype
     grads = [like(params, seed) for seed in range(3)]
     expected = np.zeros(16, np.float32)
     for state, g in zip(run(rule, grads, params), grads):
-        assert {leaf.dtype for leaf in jax.tree.leaves(state.scores)} == {jnp.dtype(dtype)}
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.memory)} == {jnp.dtype(dtype)}
         mean = 0.9 * expected + 0.1 * flat(g).astype(np.float32) ** 2
         expected = mean.astype(dtype).astype(np.float32)
-        np.testing.assert_allclose(flat(state.scores).astype(np.float32), expected, rtol=1e-2)
+        np.testing.assert_allclose(flat(state.memory).astype(np.float32), expected, rtol=1e-2)
 
 
 def test_without_refresh_fisher_keeps_no_accumulators_and_never_changes():
     rule = fisher_mask(HALF, refresh_every=None)
-    state = rule.init(PARAMS)
-    assert state.scores is None
+    state = masks.init(rule, PARAMS)
+    assert state.memory == ()
     assert flat(state.mask).sum() == 8
-    assert rule.update(state, PARAMS, None, PARAMS, jnp.int32(0)) is state
+    tiny.assert_same(masks.update(rule, state, PARAMS, None, PARAMS, jnp.int32(0)), state)
 
 
 # Dynamic.
@@ -154,11 +155,13 @@ def trader(kind, drop, grow):
     rule = dynamic_mask(
         KINDS[kind], refresh_every=2, total_steps=END, drop=drop, grow=grow, drop_fraction=0.9
     )
-    return jax.jit(lambda mask, grads, step: rule.update(*start(rule, mask), None, grads, step))
+    return jax.jit(lambda mask, grads, step: masks.update(rule, *start(rule, mask), None, grads, step))
 
 
 def start(rule, mask):
-    return jax.eval_shape(rule.init, PARAMS)._replace(bits=mask, churn=jnp.float32(0), key=KEY), PARAMS
+    return jax.eval_shape(lambda: masks.init(rule, PARAMS))._replace(
+        bits=mask, churn=jnp.float32(0), key=KEY
+    ), PARAMS
 
 
 KEY = jax.random.key_data(jax.random.key(5))
@@ -254,7 +257,7 @@ def test_a_schedule_gives_the_fraction_itself_until_the_end(total_steps):
         return jnp.array([0.5, 0.25, 0.125])[step]
 
     rule = dynamic_mask(HALF, refresh_every=1, drop_fraction=schedule, total_steps=total_steps)
-    states = [rule.init(PARAMS), *run(rule, [like(PARAMS, seed) for seed in range(3)])]
+    states = [masks.init(rule, PARAMS), *run(rule, [like(PARAMS, seed) for seed in range(3)])]
     changes = [(flat(a.mask) & ~flat(b.mask)).sum() for a, b in itertools.pairwise(states)]
     assert changes == [4, 2, 0 if total_steps else 1]
     np.testing.assert_allclose([s.churn for s in states], [0, *(c / 8 for c in changes)])
@@ -262,8 +265,8 @@ def test_a_schedule_gives_the_fraction_itself_until_the_end(total_steps):
 
 def test_dynamic_masks_of_trees_without_leaves_stay_empty():
     rule = dynamic_mask(HALF, refresh_every=1, total_steps=2)
-    state = rule.init({"a": None})
-    assert rule.update(state, {"a": None}, None, {"a": None}, jnp.int32(0)).mask == {"a": None}
+    state = masks.init(rule, {"a": None})
+    assert masks.update(rule, state, {"a": None}, None, {"a": None}, jnp.int32(0)).mask == {"a": None}
 
 
 # Random and fixed.
@@ -271,18 +274,18 @@ def test_dynamic_masks_of_trees_without_leaves_stay_empty():
 
 def test_a_random_mask_is_drawn_anew_on_refresh_alone():
     rule = random_mask(HALF, refresh_every=2, seed=3)
-    masks = [flat(state.mask) for state in run(rule, [PARAMS] * 4)]
-    first = flat(rule.init(PARAMS).mask)
-    np.testing.assert_array_equal(masks[0], first)
-    np.testing.assert_array_equal(masks[1], masks[2])
-    assert (masks[0] != masks[1]).any() and (masks[2] != masks[3]).any()
-    assert {int(mask.sum()) for mask in masks} == {8}
+    seen = [flat(state.mask) for state in run(rule, [PARAMS] * 4)]
+    first = flat(masks.init(rule, PARAMS).mask)
+    np.testing.assert_array_equal(seen[0], first)
+    np.testing.assert_array_equal(seen[1], seen[2])
+    assert (seen[0] != seen[1]).any() and (seen[2] != seen[3]).any()
+    assert {int(mask.sum()) for mask in seen} == {8}
 
 
 def test_a_random_mask_without_refresh_stays():
     rule = random_mask(HALF)
     for state in run(rule, [PARAMS] * 2):
-        np.testing.assert_array_equal(flat(state.mask), flat(rule.init(PARAMS).mask))
+        np.testing.assert_array_equal(flat(state.mask), flat(masks.init(rule, PARAMS).mask))
 
 
 @pytest.mark.parametrize(
@@ -295,31 +298,31 @@ def test_a_random_mask_without_refresh_stays():
     ids=["random", "fisher", "dynamic"],
 )
 def test_seeds_may_be_traced_and_each_gives_its_own_mask(make):
-    masks = jax.jit(jax.vmap(lambda seed: make(seed).init(PARAMS).mask))(jnp.arange(4))
-    rows = np.concatenate([np.reshape(leaf, (4, -1)) for leaf in jax.tree.leaves(masks)], axis=1)
+    drawn = jax.jit(jax.vmap(lambda seed: masks.init(make(seed), PARAMS).mask))(jnp.arange(4))
+    rows = np.concatenate([np.reshape(leaf, (4, -1)) for leaf in jax.tree.leaves(drawn)], axis=1)
     assert (rows.sum(axis=1) == 8).all()
     assert len({row.tobytes() for row in rows}) == 4
-    np.testing.assert_array_equal(rows[2], flat(jax.jit(lambda: make(2).init(PARAMS).mask)()))
+    np.testing.assert_array_equal(rows[2], flat(jax.jit(lambda: masks.init(make(2), PARAMS).mask)()))
 
 
 def test_a_fixed_mask_may_be_a_tree_a_prefix_or_a_predicate():
     params = {"block": PARAMS, "head": PARAMS}
     bias_only = {"bias": jnp.array(True), "kernel": jnp.array(False)}
-    tree = fixed_mask({"block": bias_only, "head": bias_only}).init(params).mask
-    by_path = fixed_mask(lambda path: path.endswith("/bias")).init(params).mask
+    tree = masks.init(fixed_mask({"block": bias_only, "head": bias_only}), params).mask
+    by_path = masks.init(fixed_mask(lambda path: path.endswith("/bias")), params).mask
     prefix = fixed_mask({"block": True, "head": {"bias": np.array([True] * 4), "kernel": False}})
     assert tree == by_path == {"block": bias_only, "head": bias_only}
-    mask = prefix.init(params).mask
+    mask = masks.init(prefix, params).mask
     assert bool(mask["block"]["kernel"]) and bool(mask["block"]["bias"])
     assert mask["head"]["bias"].tolist() == [True] * 4 and not mask["head"]["kernel"]
 
 
 def test_a_fixed_mask_sees_full_paths_and_is_never_renewed():
     seen = []
-    rule = fixed_mask(lambda path: bool(seen.append(path)))
-    state = rule.init({"a": [jnp.ones(1), {"b": jnp.ones(1)}], "none": None})
+    rule = fixed_mask(lambda path: not seen.append(path))
+    state = masks.init(rule, {"a": [jnp.ones(1), {"b": jnp.ones(1)}], "none": None})
     assert seen == ["a/0", "a/1/b"]
-    assert rule.update(state, None, None, None, 0, anything=1) is state
+    tiny.assert_same(masks.update(rule, state, None, None, None, 0, anything=1), state)
 
 
 @pytest.mark.parametrize(
@@ -342,13 +345,13 @@ def test_a_fixed_mask_sees_full_paths_and_is_never_renewed():
 )
 def test_a_fixed_mask_that_does_not_fit_is_refused_by_path(mask, error, message):
     with pytest.raises(error, match=message):
-        fixed_mask(mask).init(PARAMS)
+        masks.init(fixed_mask(mask), PARAMS)
 
 
 @pytest.mark.parametrize("answer", [None, "yes"])
 def test_a_predicate_that_does_not_answer_with_a_bool_is_a_type_error(answer):
     with pytest.raises(TypeError, match="the predicate given to fixed_mask must return a bool, got"):
-        fixed_mask(lambda path: answer).init(PARAMS)
+        masks.init(fixed_mask(lambda path: answer), PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -364,44 +367,93 @@ def test_a_predicate_that_does_not_answer_with_a_bool_is_a_type_error(answer):
 def test_a_state_can_be_donated_and_made_again(make):
     rule = make()
     donate = jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)
-    first = donate(rule.init(PARAMS))
-    again = donate(rule.init(PARAMS))
+    first = donate(masks.init(rule, PARAMS))
+    again = donate(masks.init(rule, PARAMS))
     np.testing.assert_array_equal(flat(first.mask), flat(again.mask))
 
 
 # A rule of one's own.
 
 
-class FlipState(NamedTuple):
-    mask: Any
-
-
 def test_a_user_may_write_a_rule():
-    def init(params):
-        return FlipState(jax.tree.map(lambda p: jnp.array(True), params))
+    seen, points = [], []
 
-    def update(state, params, ascent_grads, descent_grads, step, **extra):
+    def observe(memory, params, ascent_grads, descent_grads, step, **extra):
         assert ascent_grads is grads and extra == {"value": 7}
-        return FlipState(jax.tree.map(jnp.logical_not, state.mask))
+        return memory + descent_grads
 
-    grads, seen = jnp.array([3.0, 4.0]), []
-    tx = ssam(1.0, MaskRule(init, update))
+    def select(memory, mask, params, key, step):
+        seen.append((memory, mask, step))
+        return jnp.array(True) if mask is None else jnp.logical_not(mask)
+
+    grads = jnp.array([3.0, 4.0])
+    tx = ssam(1.0, MaskRule(lambda params: jnp.zeros(2), observe, select, 1))
     state = tx.init(grads)
+    assert seen[0][1] is None and int(seen[0][2]) == 0
     for _ in range(2):
 
         def grad_fn(p, i):
-            return (seen.append(p.tolist()), grads)[1]
+            return (points.append(p.tolist()), grads)[1]
 
         _, state = tx.update(grads, state, jnp.zeros(2), grad_fn=grad_fn, value=7)
-    np.testing.assert_allclose(seen, [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(points, [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
+    assert state.mask.memory.tolist() == [6.0, 8.0]
+
+
+def test_the_largest_weights_take_a_rule_of_one_line():
+    rule = MaskRule(select=lambda memory, mask, params, key, step: HALF(jax.tree.map(jnp.abs, params)))
+    mask = masks.init(rule, {"w": jnp.array([1.0, -4.0, 3.0, 2.0])}).mask
+    assert mask["w"].tolist() == [False, True, True, False]
+
+
+def test_a_rule_that_keeps_no_memory_sees_what_it_observed_in_the_same_step_alone():
+    seen = []
+
+    def observe(memory, params, ascent_grads, descent_grads, step, **extra):
+        assert memory == ()
+        return descent_grads
+
+    def select(memory, mask, params, key, step):
+        seen.append(memory)
+        return jnp.ones(2, bool)
+
+    rule = MaskRule(None, observe, select, 1, keeps_memory=False)
+    state = masks.init(rule, jnp.zeros(2))
+    for _ in range(2):
+        state = masks.update(rule, state, jnp.zeros(2), None, jnp.ones(2), jnp.int32(0))
+        assert state.memory == ()
+    assert seen[0] == () and all(jnp.shape(memory) == (2,) for memory in seen[1:])
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({}, TypeError, "select must be a function, got None"),
+        ({"select": 1}, TypeError, "select must be a function, got 1"),
+        ({"select": len, "init": 1}, TypeError, "init must be a function or None, got 1"),
+        ({"select": len, "observe": 1}, TypeError, "observe must be a function or None, got 1"),
+        ({"select": len, "packed": 1}, TypeError, "packed must be a bool, got 1"),
+        ({"select": len, "keeps_memory": 1}, TypeError, "keeps_memory must be a bool, got 1"),
+        ({"select": len, "refresh_every": 0}, ValueError, "refresh_every must be at least 1, or None, got 0"),
+        ({"select": len, "seed": "x"}, TypeError, "seed must be an integer, got 'x'"),
+    ],
+)
+def test_a_rule_that_cannot_be_one_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        MaskRule(**options)
+
+
+def test_a_predicate_that_is_true_of_nothing_is_refused_with_some_paths():
+    with pytest.raises(ValueError, match=r"False for every parameter.*the 2 paths are 'bias', 'kernel'"):
+        masks.init(fixed_mask(lambda path: "norm" in path), PARAMS)
 
 
 def test_churn_is_the_share_of_new_entries():
     old = {"a": jnp.array([True, False, True]), "b": jnp.array(False)}
     new = {"a": jnp.array([False, True, True]), "b": jnp.array(True)}
-    assert float(mask_churn(old, new)) == pytest.approx(2 / 3)
-    assert float(mask_churn(old, jax.tree.map(jnp.zeros_like, old))) == 0
-    assert float(mask_churn({}, {})) == 0
+    assert float(churn(old, new)) == pytest.approx(2 / 3)
+    assert float(churn(old, jax.tree.map(jnp.zeros_like, old))) == 0
+    assert float(churn({}, {})) == 0
 
 
 # Refusals.
@@ -479,9 +531,9 @@ def test_dynamic_refuses_patterns_that_cannot_be_traded(pattern, error, message)
         ({"refresh_every": None}, ValueError, "refresh_every must be an int: without refresh, use random"),
         ({"drop": "loss"}, ValueError, "drop must be 'gradient', 'weight' or 'random', got 'loss'"),
         ({"grow": None}, ValueError, "grow must be 'gradient', 'weight' or 'random', got None"),
-        ({"total_steps": None}, TypeError, "total_steps must be an int of at least 1; .*Got None"),
-        ({"total_steps": 1e3}, TypeError, r"total_steps must be an int of at least 1; .*Got 1000\.0"),
-        ({"total_steps": True}, TypeError, "total_steps must be an int of at least 1; .*Got True"),
+        ({"total_steps": None}, TypeError, "total_steps must be an int of at least 1; .*got None"),
+        ({"total_steps": 1e3}, TypeError, r"total_steps must be an int of at least 1; .*got 1000\.0"),
+        ({"total_steps": True}, TypeError, "total_steps must be an int of at least 1; .*got True"),
         ({"total_steps": 0}, ValueError, "total_steps must be at least 1, got 0"),
         ({"drop_fraction": 1.1}, ValueError, r"drop_fraction must be from 0 to 1, got 1\.1"),
         ({"drop_fraction": -0.1}, ValueError, r"drop_fraction must be from 0 to 1, got -0\.1"),
@@ -505,6 +557,6 @@ def test_a_pattern_that_cannot_be_hashed_is_refused():
 def test_a_first_mask_needs_no_common_device_of_the_parameters():
     first, second = jax.devices()[:2]
     params = {"a": jax.device_put(jnp.ones((2, 4)), first), "b": jax.device_put(jnp.ones((2, 4)), second)}
-    mask = random_mask(NM(1, 2)).init(params).mask
+    mask = masks.init(random_mask(NM(1, 2)), params).mask
     assert [int(leaf.sum()) for leaf in jax.tree.leaves(mask)] == [4, 4]
     assert [leaf.devices() for leaf in jax.tree.leaves(mask)] == [{first}, {second}]

@@ -123,17 +123,17 @@ def alternating(
         )
 
         # The descent, likewise.
-        grads, known_grads, descent, joined = (), None, updates, state.ssam.combine
+        grads, descent, joined, known_grads = (), updates, state.ssam.combine, None
         if combine is not None:
             descent, joined = _combined(combine, state, updates, anchor)
+            joined = trees.where(descends, joined, state.ssam.combine)
             known_grads = state.grads
             grads = jax.tree.map(
                 lambda g, old: jnp.where(starts, g.astype(old.dtype), old), updates, state.grads
             )
         step, opt_state = optimizer.update(descent, state.opt_state, anchor, **extra_args)
-
-        def advanced() -> SsamState:
-            return factors.advance(ssam._replace(combine=joined), anchor, known_grads, descent, **extra_args)
+        ssam = ssam._replace(combine=joined)
+        ssam = factors.advance(ssam, anchor, known_grads, descent, when=descends, **extra_args)
 
         def move(p: jax.Array, up: jax.Array, w: jax.Array, u: jax.Array) -> jax.Array:
             p, up, w = map(trees.widened, (p, up, w))
@@ -144,7 +144,7 @@ def alternating(
             anchor=anchor,
             radius=radius,
             grads=grads,
-            ssam=jax.lax.cond(descends, advanced, lambda: ssam),
+            ssam=ssam,
             opt_state=trees.where(descends, opt_state, state.opt_state),
         )
         return jax.tree.map(move, params, point, anchor, step), new
@@ -175,10 +175,10 @@ def _combined(
 ) -> tuple[Gradients, PyTree]:
     """Return what a descent call descends along, as if the round had no ascent where its radius is 0."""
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), state.grads, perturbed)
-    return jax.lax.cond(
+    return trees.where(
         state.radius == 0,
-        lambda: combine.update(grads, None, state.ssam.combine, params),
-        lambda: combine.update(grads, perturbed, state.ssam.combine, params),
+        combine.update(grads, None, state.ssam.combine, params),
+        combine.update(grads, perturbed, state.ssam.combine, params),
     )
 
 

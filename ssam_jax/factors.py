@@ -132,13 +132,21 @@ class Factors:
         params: Params,
         ascent_grads: Gradients | None,
         descent_grads: Gradients,
+        *,
+        when: bool | jax.Array = True,
         **extra: Any,
     ) -> SsamState:
-        """Return the state after a step: the count one up, the mask rule told of the gradients."""
+        """Return the state after a step: the count one up, the mask rule told of the gradients.
+
+        Where ``when`` is False, it is the state before.
+        """
         mask = state.mask
         if self.mask is not None and isinstance(mask, MaskState):
-            mask = mask_rule.update(self.mask, mask, params, ascent_grads, descent_grads, state.step, **extra)
-        return state._replace(step=optax.safe_increment(state.step), mask=mask)
+            mask = mask_rule.update(
+                self.mask, mask, params, ascent_grads, descent_grads, state.step, when=when, **extra
+            )
+        step = optax.safe_increment(state.step)
+        return state._replace(step=step if when is True else jnp.where(when, step, state.step), mask=mask)
 
     def check(self, grads: Gradients, state: SsamState, params: Params | None) -> None:
         """Raise unless a step can start from this gradient, this state and these parameters."""

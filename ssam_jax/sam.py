@@ -140,9 +140,10 @@ def ssam(
             grads = updates if grad_fn is None or _is_complete(grad_fn) else grad_fn(params, 0)
             return factors.joined.update(grads, None, state.combine, params)
 
-        if grad_fn is None or _is_zero(radius):
+        skips = skip_zero_rho and not radii.is_static(radius)
+        if grad_fn is None or _is_zero(radius, read=skips):
             descent, joined = without_ascent()
-        elif skip_zero_rho and not radii.is_static(radius):
+        elif skips and isinstance(radius, jax.core.Tracer):
             descent, joined = jax.lax.cond(
                 jnp.asarray(radius) == 0,
                 lambda: _cast_like(without_ascent(), (updates, state.combine)),
@@ -156,9 +157,10 @@ def ssam(
     return optax.GradientTransformationExtraArgs(factors.init, update)
 
 
-def _is_zero(radius: Scalar) -> bool:
-    """Whether a radius is known to be 0."""
-    return radii.is_static(radius) and bool(radius == 0)
+def _is_zero(radius: Scalar, read: bool = False) -> bool:
+    """Whether a radius is known to be 0; an array is looked at if it may be read."""
+    known = radii.known(radius) if read or radii.is_static(radius) else None
+    return known is not None and known == 0
 
 
 def _is_implicit(grad_fn: GradFn | None) -> bool:

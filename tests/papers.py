@@ -1,7 +1,7 @@
 """The equations of each paper in float64 NumPy, one function a factor; it shares no line with ssam_jax.
 
-A direction is a function of the gradient, a combine one of both gradients; closures hold their state. Trees are
-the flat dicts of `oracle`.
+A direction is a function of the gradient, a combine one of both gradients; closures hold their state.
+Trees are the flat dicts of `oracle`.
 """
 
 import numpy as np

@@ -59,7 +59,7 @@ ROADS = {
     "a schedule": (chained(skip_zero_rho=True, adaptive=True), plain),
     "alternating": (alternating, plain),
     "two passes": (chained(normalize="masked"), fast),
-    "implicit": (chained(form="implicit"), implicit),
+    "implicit": (chained(), implicit),
 }
 CASES = [
     *(("plain", rule) for rule in RULES),

@@ -325,13 +325,13 @@ def test_the_implicit_form_takes_the_mask_of_the_optimizer():
 
     @nnx.jit
     def step(model, optimizer, x):
-        two_pass = ssam_jax.nnx.two_pass_value_and_grad(square)
+        two_pass = ssam_jax.nnx.two_pass_value_and_grad(square, form="implicit")
         _, grads, grad_fn = two_pass(model, x, mask=ssam_jax.get_mask(optimizer.opt_state))
         optimizer.update(model, grads, grad_fn=grad_fn)
         return grads
 
     grads = nnx.to_pure_dict(step(model, optimizer, x))
-    by_hand = ssam_jax.two_pass_value_and_grad(perceptron_by_hand)
+    by_hand = ssam_jax.two_pass_value_and_grad(perceptron_by_hand, form="implicit")
     _, expected, grad_fn = by_hand(before, x, mask=mask)
     tiny.assert_close(grads, expected)
     assert tiny.differ(grads["body"], jax.grad(perceptron_by_hand)(before, x)["body"])

@@ -1,4 +1,4 @@
-"""Every line of the table "Paper → spelling": the spelling equals the paper's equations to 1e-9 in float64."""
+"""Each line of the table "Paper → spelling" equals the paper's equations to 1e-9 in float64."""
 
 import functools
 
@@ -117,7 +117,10 @@ TWO = {
 }
 CARRIED = {
     "carried previous gradient": ({}, {}),
-    "carried, a schedule": ({"rho": lambda step: RHO / (1.0 + step.astype(float))}, {"radius": lambda: decayed}),
+    "carried, a schedule": (
+        {"rho": lambda step: RHO / (1.0 + step.astype(float))},
+        {"radius": lambda: decayed},
+    ),
     "carried, ASAM": ({"adaptive": True}, {"adaptive": True}),
     "MSAM": (
         {"direction": lambda: optax.chain(directions.base_momentum(), optax.scale(-1.0))},

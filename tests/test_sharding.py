@@ -41,7 +41,8 @@ LAYOUTS = {
     "8": ((8,), ("fsdp",), {"bias": P("fsdp"), "kernel": P("fsdp")}),
     "2x4": ((2, 4), ("fsdp", "tensor"), {"bias": P("tensor"), "kernel": P("fsdp", "tensor")}),
 }
-RULES = {key: rule for key, rule in contract.RULES.items() if key[0] != "dense"}
+RULES = {key: rule for key, rule in contract.RULES.items() if key[0] not in ("dense", "fixed")}
+RULES["fixed", "fixed"] = lambda seed: ssam_jax.fixed_mask(lambda path: path == "kernel")
 
 
 def mesh_of(layout, kind=AxisType.Auto):

@@ -122,6 +122,6 @@ def copied(x: jax.Array) -> jax.Array:
     return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x)
 
 
-def where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
+def where(condition: bool | jax.Array, if_true: Any, if_false: Any) -> Any:
     """Choose between two trees of one structure by a scalar bool, without control flow."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)

@@ -45,22 +45,59 @@ def perturb(
     Returns:
       A tree of the structure, shapes, dtypes and shardings of ``params``.
     """
+    scale = scales(params) if adaptive else None
+    return displaced(params, step(direction, scale, rho=rho, mask=mask, normalize=normalize), scale)
+
+
+def step(
+    direction: Gradients,
+    scale: Params | None = None,
+    *,
+    rho: Scalar,
+    mask: Mask | None = None,
+    normalize: Normalize = "global",
+) -> Params:
+    r"""Return :math:`\rho \, m \odot T d / \|T d\|`, the step in the coordinates in which the ball is round.
+
+    Args:
+      direction: pytree of floating-point arrays.
+      scale: T, as `scales` returns it; None is 1.
+      rho: as for `perturb`, with ``mask`` and ``normalize``.
+      mask: bool leaves that broadcast against ``direction``.
+      normalize: ``"global"``, ``"masked"`` or ``"leaf"``.
+
+    Returns:
+      A tree like ``direction``, float32 (float64 where the direction is). Zeros where the norm is not usable.
+    """
     direction = jax.tree.map(trees.widened, direction)
-    scale = trees.map_with_path(asam_scale, params) if adaptive else None
     if scale is not None:
         direction = jax.tree.map(jnp.multiply, direction, scale)
     masked = direction if mask is None else jax.tree.map(apply_mask, mask, direction)
     norms = _norms(masked if normalize == "masked" else direction, by_leaf=normalize == "leaf")
-    if scale is not None:
-        masked = jax.tree.map(jnp.multiply, masked, scale)
 
-    def move(p: jax.Array, d: jax.Array, norm: jax.Array) -> jax.Array:
+    def of_length_rho(d: jax.Array, norm: jax.Array) -> jax.Array:
         usable = jnp.isfinite(norm) & (norm > 0)
         factor = jnp.asarray(rho, norm.dtype) / jnp.where(usable, norm, 1)
-        eps = jnp.where(usable, factor * d.astype(norm.dtype), 0).astype(d.dtype)
-        return (trees.widened(p) + eps).astype(p.dtype)
+        return jnp.where(usable, factor * d.astype(norm.dtype), 0).astype(d.dtype)
 
-    return jax.tree.map(move, params, masked, norms)
+    return jax.tree.map(of_length_rho, masked, norms)
+
+
+def displaced(params: Params, away: Params, scale: Params | None = None) -> Params:
+    """Return ``w + T away``, in the dtypes of the parameters."""
+    if scale is not None:
+        away = jax.tree.map(jnp.multiply, away, scale)
+    return jax.tree.map(lambda p, d: (trees.widened(p) + d).astype(p.dtype), params, away)
+
+
+def projected(away: Params, rho: Scalar) -> Params:
+    """Return the nearest point of the round ball to a displacement."""
+    return trees.where(trees.global_norm(away) <= rho, away, step(away, rho=rho))
+
+
+def scales(params: Params) -> Params:
+    """Return T for each leaf, ASAM's."""
+    return trees.map_with_path(asam_scale, params)
 
 
 def _norms(tree: Gradients, *, by_leaf: bool) -> Gradients:

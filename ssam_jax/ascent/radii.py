@@ -195,6 +195,15 @@ def is_static(rho: Scalar | Schedule | RadiusRule) -> bool:
     return isinstance(rho, int | float | np.integer | np.floating) and not isinstance(rho, bool)
 
 
+def known(radius: Scalar) -> float | None:
+    """Return the value of a radius; None if it is traced, or lies on other processes."""
+    if not isinstance(radius, jax.Array):
+        return radius
+    if isinstance(radius, jax.core.Tracer) or not radius.is_fully_addressable:
+        return None
+    return jax.device_get(radius)
+
+
 def check_rho(rho: Scalar | Schedule | RadiusRule) -> None:
     """Raise unless ``rho`` may be a radius, a schedule for it, or a rule."""
     if isinstance(rho, RadiusRule):
@@ -213,8 +222,6 @@ def check_radius(rho: Scalar, name: str, kinds: str) -> None:
         raise TypeError(f"{name} must be {kinds}, got {rho!r}.")
     if jnp.shape(rho) != ():
         raise ValueError(f"{name} must be a scalar, got an array of shape {jnp.shape(rho)}.")
-    known = rho
-    if isinstance(rho, jax.Array):
-        known = 0 if isinstance(rho, jax.core.Tracer) or not rho.is_fully_addressable else jax.device_get(rho)
-    if not 0 <= known <= LARGEST_RADIUS:
+    value = known(rho)
+    if value is not None and not 0 <= value <= LARGEST_RADIUS:
         raise ValueError(f"{name} must be finite and at least 0, got {rho!r}.")

@@ -1,5 +1,6 @@
 """Masks from Fisher information (SSAM-F), estimated in the training loop or exactly."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -117,10 +118,19 @@ def empirical_fisher(
     checks.takes("loss_fn", loss_fn, "params", "example")
     trees.check_floating(params, "params")
     checks.integer("chunk_size", chunk_size)
+    _count_examples(batch)
+    return _diagonal(loss_fn, chunk_size, params, batch)
+
+
+# Under jit for callers that are not: a loop over closures would be compiled anew at every call.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _diagonal(
+    loss_fn: Callable[[Params, PyTree], jax.Array], chunk_size: int, params: Params, batch: PyTree
+) -> Scores:
     examples = _count_examples(batch)
     chunks, rest = divmod(examples, chunk_size)
 
-    def loss(params: Params, example: Any) -> jax.Array:
+    def loss(params: Params, example: PyTree) -> jax.Array:
         value = loss_fn(params, example)
         checks.loss(value)
         return value
@@ -131,11 +141,11 @@ def empirical_fisher(
         # A chunk has examples from all over the batch: of one spread over devices, each has its share of it.
         return x[: chunks * chunk_size].reshape(chunk_size, chunks, *x.shape[1:])
 
-    def chunk_of(x: jax.Array, i: Any) -> jax.Array:
+    def chunk_of(x: jax.Array, i: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
 
     def mean_square(params: Params, batch: PyTree) -> Scores:
-        def add(total: Scores, chunk: Any) -> Scores:
+        def add(total: Scores, chunk: PyTree) -> Scores:
             grads = per_example(params, chunk)
             return jax.tree.map(lambda t, g: t + jnp.sum(jnp.square(trees.widened(g)), axis=0), total, grads)
 

@@ -1,6 +1,7 @@
 """A mask rule: what it remembers, what it learns from a step, and which mask it selects."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -122,29 +123,47 @@ def update(
     ascent_grads: Gradients | None,
     descent_grads: Gradients,
     step: jax.Array,
+    *,
+    when: bool | jax.Array = True,
     **extra: Any,
 ) -> MaskState:
-    """Return the state after a step: the rule told of the gradients, the mask refreshed if it is time."""
+    """Return the state after a step: the rule told of the gradients, the mask refreshed if it is time.
+
+    Where ``when`` is False, it is the state before.
+    """
     _check_memory(rule, state, params)
     memory = state.memory
     if rule.observe is not None:
         memory = rule.observe(memory, params, ascent_grads, descent_grads, step, **extra)
     if rule.keeps_memory:
         _check_same(memory, state.memory, "what observe returns", "the memory that it was given")
+        if when is not True:
+            memory = trees.where(when, memory, state.memory)
         state = state._replace(memory=memory)
     if rule.refresh_every is None:
         return state
+    due = ((step + 1) % rule.refresh_every == 0) & when
+    bits, changed = _refreshed(
+        dataclasses.replace(rule, seed=0), due, state._replace(memory=memory), params, step
+    )
+    return state._replace(bits=bits, churn=changed)
+
+
+# Under jit for callers that are not: a conditional on closures would be compiled anew at every call.
+@functools.partial(jax.jit, static_argnums=0)
+def _refreshed(
+    rule: MaskRule, due: jax.Array, state: MaskState, params: Params, step: jax.Array
+) -> tuple[Mask, jax.Array]:
+    """Return the bits and the churn of the mask after a step."""
 
     def refresh() -> tuple[Mask, jax.Array]:
         old, key = state.mask, jax.random.wrap_key_data(state.key)
-        new = _selected(rule, memory, old, params, jax.random.fold_in(key, step + 1), step)
+        new = _selected(rule, state.memory, old, params, jax.random.fold_in(key, step + 1), step)
         trees.check_same_shapes(new, old, "the mask that select returns", "the one in the state", OTHER_STATE)
         new = jax.tree.map(shardings.alike, new, old)
         return packing.pack_like(new, state.bits), churn(old, new)
 
-    due = (step + 1) % rule.refresh_every == 0
-    bits, changed = jax.lax.cond(due, refresh, lambda: (state.bits, state.churn))
-    return state._replace(bits=bits, churn=changed)
+    return jax.lax.cond(due, refresh, lambda: (state.bits, state.churn))
 
 
 def _selected(

@@ -2,19 +2,19 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings, trees
-from ssam_jax.ascent.ball import apply_mask, asam_scale
+from ssam_jax.ascent import ball
 from ssam_jax.masks.fitting import check_mask
 from ssam_jax.sharpness import objective as obj
 from ssam_jax.sharpness import progress as bars
 from ssam_jax.sharpness.arguments import above_zero, at_least_one, seed_of
 from ssam_jax.sharpness.results import Estimate, WorstCase, estimate
-from ssam_jax.typing import Gradients, Mask, Normalize, Params, Scalar
+from ssam_jax.typing import Mask, Normalize, Params, Scalar
 
 
 def worst_case_rise(
@@ -37,7 +37,7 @@ def worst_case_rise(
 
     One step is SAM's (arXiv 2010.01412, eq. 2), with a mask sparse SAM's (arXiv 2306.17504). More steps are
     projected gradient ascent: normalised steps, each followed by a projection on the ball, and the worst
-    of the points it comes by. Either way it is a lower bound on the maximum; one step's can be negative.
+    of the points on the way. Either way it is a lower bound on the maximum; one step's can be negative.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> scalar``, in evaluation mode.
@@ -71,7 +71,7 @@ def worst_case_rise(
     if step_size is None:
         step_size = rho if steps == 1 else 2 * rho / steps
     above_zero("step_size", step_size)
-    checks.choice("normalize", normalize, get_args(Normalize))
+    checks.choice("normalize", normalize, ("global", "masked"))
     _check_mask(mask, measured.params)
     search = functools.partial(
         _search, _ascent_programs(loss_fn, normalize, adaptive), measured.params, mask, rho, steps, step_size
@@ -157,7 +157,7 @@ def _search(
     batches: Any,
     advance: Callable[[], Any],
 ) -> WorstCase:
-    """Ascend, and return the worst of the points that were come by after the start."""
+    """Ascend, and return the worst of the points after the start."""
     climb, loss_at, displaced = programs
     start, away = climb(params, jax.tree.map(jnp.zeros_like, params), mask, batches, rho, step_size)
     worst, point = jnp.full_like(start, -jnp.inf), away
@@ -178,19 +178,16 @@ def _ascent_programs(
 ) -> tuple[Callable[..., Any], ...]:
     """Return a step of the ascent, the loss at a point, and the parameters there.
 
-    Points are displacements from the parameters in units of `_scale`, in which the ball is round.
+    Points are displacements from the parameters in the coordinates in which the ball is round.
     """
 
     def climb(
         params: Params, away: Params, mask: Mask | None, batches: Any, rho: Scalar, step_size: Scalar
     ) -> tuple[jax.Array, Params]:
-        loss, grads = obj.mean_value_and_grad(loss_fn, _displaced(params, away, adaptive), batches)
-        grads = jax.tree.map(jnp.multiply, grads, _scale(params, adaptive))
-        masked = grads if mask is None else jax.tree.map(apply_mask, mask, grads)
-        move = _of_length(masked, step_size, trees.global_norm(masked if normalize == "masked" else grads))
-        away = jax.tree.map(jnp.add, away, move)
-        norm = trees.global_norm(away)
-        inside = trees.where(norm <= rho, away, _of_length(away, rho, norm))
+        scale = ball.scales(params) if adaptive else None
+        loss, grads = obj.mean_value_and_grad(loss_fn, ball.displaced(params, away, scale), batches)
+        move = ball.step(grads, scale, rho=step_size, mask=mask, normalize=normalize)
+        inside = ball.projected(jax.tree.map(jnp.add, away, move), rho)
         return loss, jax.tree.map(shardings.alike, inside, params)
 
     def loss_at(params: Params, away: Params, batches: Any) -> jax.Array:
@@ -208,7 +205,7 @@ def _noise_programs(
 
     def noisy(params: Params, batches: Any, mask: Mask | None, sigma: Scalar, key: jax.Array) -> jax.Array:
         noise = jax.tree.map(lambda x: sigma * x, obj.random_like(params, key, jax.random.normal))
-        noise = noise if mask is None else jax.tree.map(apply_mask, mask, noise)
+        noise = noise if mask is None else jax.tree.map(ball.apply_mask, mask, noise)
         opposite = jax.tree.map(jnp.negative, noise)
         losses = [obj.mean_loss(loss_fn, _displaced(params, x, adaptive), batches) for x in (noise, opposite)]
         return (losses[0] + losses[1]) / 2
@@ -217,21 +214,7 @@ def _noise_programs(
 
 
 def _displaced(params: Params, away: Params, adaptive: bool) -> Params:
-    return jax.tree.map(lambda p, a, s: p + a * s, params, away, _scale(params, adaptive))
-
-
-def _scale(params: Params, adaptive: bool) -> Params:
-    """Return what a unit of a displacement is for each parameter."""
-    if adaptive:
-        return trees.map_with_path(asam_scale, params)
-    return jax.tree.map(lambda p: jnp.ones((), p.dtype), params)
-
-
-def _of_length(tree: Gradients, length: Scalar, norm: jax.Array) -> Gradients:
-    """Return a tree divided by a norm, times a length; zeros if the norm is 0 or not finite, as in SAM."""
-    usable = jnp.isfinite(norm) & (norm > 0)
-    factor = length / jnp.where(usable, norm, 1)
-    return jax.tree.map(lambda x: jnp.where(usable, factor * x, 0), tree)
+    return ball.displaced(params, away, ball.scales(params) if adaptive else None)
 
 
 def _check_mask(mask: Any, params: Params) -> None:

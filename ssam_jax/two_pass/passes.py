@@ -185,7 +185,7 @@ def _shared_passes(
     graded = list(
         map(
             operator.and_,
-            splitting.depends(halves.prefix, fixed_vars),
+            tracing.depends(halves.prefix, fixed_vars),
             splitting.carries_gradient(halves.suffix, halves.cut),
         )
     )

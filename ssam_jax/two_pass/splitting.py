@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssam_jax._base import shardings, tracing
+from ssam_jax.two_pass import primitives
 from ssam_jax.two_pass.active import Active, FirstRow
+from ssam_jax.two_pass.primitives import Trait
 
 
 class Piece(NamedTuple):
@@ -110,13 +112,13 @@ def split(jaxpr: tracing.Equations, active: Sequence[bool]) -> Halves:
     moving = {var for var, is_active in zip(jaxpr.invars, active) if is_active}
     before, after = [], []
     for eqn in jaxpr.eqns:
-        if any(var in moving for var in _variables(eqn.invars)):
+        if any(var in moving for var in tracing.variables(eqn.invars)):
             after.append(eqn)
             moving.update(eqn.outvars)
         else:
             before.append(eqn)
     read = itertools.chain(*(eqn.invars for eqn in after), jaxpr.outvars)
-    cut = [var for var in dict.fromkeys(_variables(read)) if var not in moving]
+    cut = [var for var in dict.fromkeys(tracing.variables(read)) if var not in moving]
     known = [var for var, is_active in zip(jaxpr.invars, active) if not is_active]
     inputs = [var for var, is_active in zip(jaxpr.invars, active) if is_active]
     return Halves(
@@ -126,30 +128,17 @@ def split(jaxpr: tracing.Equations, active: Sequence[bool]) -> Halves:
     )
 
 
-def depends(jaxpr: tracing.Equations, inputs: Sequence[Any]) -> list[bool]:
-    """Return for each result of a program whether it depends on any of the ``inputs``, its variables."""
-    reached = set(inputs)
-    for eqn in jaxpr.eqns:
-        if any(var in reached for var in _variables(eqn.invars)):
-            reached.update(eqn.outvars)
-    return [not tracing.is_literal(atom) and atom in reached for atom in jaxpr.outvars]
-
-
 def carries_gradient(jaxpr: tracing.Equations, inputs: Sequence[Any]) -> list[bool]:
     """Return for each of the ``inputs`` whether a gradient may flow to it from the first result.
 
     A value that only aux or a ``stop_gradient`` reads must not get a cotangent of zeros: times an
     infinite derivative it is NaN, and computing with it costs what computing with any other does.
     """
-    found = set(_variables(jaxpr.outvars[:1]))
+    found = set(tracing.variables(jaxpr.outvars[:1]))
     for eqn in reversed(jaxpr.eqns):
-        if eqn.primitive.name not in CONSTANT and any(var in found for var in eqn.outvars):
-            found.update(_variables(eqn.invars))
+        if not primitives.has(eqn, Trait.CONSTANT) and any(var in found for var in eqn.outvars):
+            found.update(tracing.variables(eqn.invars))
     return [var in found and tracing.is_inexact(var) for var in inputs]
-
-
-CONSTANT = frozenset({"ceil", "floor", "is_finite", "nextafter", "round", "sign", "stop_gradient"})
-"""Primitives through which no gradient flows."""
 
 
 @dataclass(frozen=True)
@@ -188,17 +177,13 @@ def _unfold(eqn: tracing.Equation, operands: list[Any]) -> list[Any]:
     body = tracing.inlined_body(eqn)
     if mixed and body is not None:
         return tracing.interpret(body.jaxpr, body.consts, operands, _unfold)
-    if mixed and eqn.primitive.name in CHECKPOINT:
+    if mixed and primitives.has(eqn, Trait.CHECKPOINT):
         return _unfold_checkpoint(eqn, operands)
     if by_rows and eqn.primitive.name == "scan":
         return _unfold_scan(eqn, operands)
     if by_rows and (result := _row_by_row(eqn, operands)) is not None:
         return [result]
     return _marked(tracing.apply(eqn, [_plain(x) for x in operands]), any(map(_moves, operands)))
-
-
-CHECKPOINT = ("checkpoint", "remat", "remat2")
-"""The names that the primitive of ``jax.checkpoint`` has had."""
 
 
 def _unfold_checkpoint(eqn: tracing.Equation, operands: list[Any]) -> list[Any]:
@@ -227,7 +212,7 @@ def _unfold_checkpoint(eqn: tracing.Equation, operands: list[Any]) -> list[Any]:
     inputs = [value for value, is_active in zip(values, active) if is_active]
     inputs += [available[var] for var in cut]
     results = tracing.bind(eqn, inputs, jaxpr=suffix, prevent_cse=prevent_cse)
-    moved = depends(jaxpr, [var for var, is_active in zip(jaxpr.invars, active) if is_active])
+    moved = tracing.depends(jaxpr, [var for var, is_active in zip(jaxpr.invars, active) if is_active])
     return [
         Moving(result) if moves else result if tracing.is_literal(atom) else available[atom]
         for result, moves, atom in zip(results, moved, jaxpr.outvars)
@@ -253,17 +238,6 @@ def _unfold_scan(eqn: tracing.Equation, operands: list[Any]) -> list[Any]:
     return [*carry, *(_stacked(list(parts)) for parts in zip(*ys))]
 
 
-# fmt: off
-ROW_BY_ROW = frozenset({
-    "abs", "add", "and", "ceil", "clamp", "convert_element_type", "copy", "copy_p", "cos", "div", "erf",
-    "exp", "exp2", "expm1", "floor", "integer_pow", "is_finite", "log", "log1p", "logistic", "max", "min",
-    "mul", "ne", "neg", "not", "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "sign",
-    "sin", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
-})
-# fmt: on
-"""Elementwise primitives, which rows pass through one by one."""
-
-
 def _row_by_row(eqn: tracing.Equation, operands: list[Any]) -> Any:
     """Compute an equation on `Rows` and keep them apart, or return None if it mixes rows."""
     if eqn.primitive.name == "slice":
@@ -282,10 +256,10 @@ def _row_by_row(eqn: tracing.Equation, operands: list[Any]) -> Any:
 
 def params_for_rows(eqn: tracing.Equation, rows: int) -> dict[str, Any] | None:
     """Return what changes in an equation computed on fewer rows; None if rows do not stay apart."""
+    if primitives.has(eqn, Trait.ELEMENTWISE):
+        return {}
     params, source = eqn.params, tracing.shape(eqn.invars[0])
     match eqn.primitive.name:
-        case name if name in ROW_BY_ROW:
-            return {}
         case "transpose" if params["permutation"][0] == 0:
             return {}
         case "squeeze" if 0 not in params["dimensions"]:
@@ -347,7 +321,3 @@ def _marked(values: Sequence[Any], moving: bool) -> list[Any]:
 
 def _concatenated(arrays: list[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else jax.lax.concatenate(arrays, 0)
-
-
-def _variables(atoms: Any) -> list[Any]:
-    return [atom for atom in atoms if not tracing.is_literal(atom)]

@@ -557,7 +557,7 @@ def printing(params, images, labels):
 
 def test_a_side_effect_takes_the_plain_road_with_a_warning_that_says_where(capfd):
     params, active = mlp_params(), (FirstRow(2), False, True)
-    with pytest.warns(UserWarning, match=r"debug_\w+ at .*test_two_pass.py.*printing"):
+    with pytest.warns(UserWarning, match=r"debug_\w+ at .*test_passes.py.*printing"):
         actual = fast_passes(printing, params, params, active, *BATCH)
     jax.effects_barrier()
     assert len(capfd.readouterr().out.splitlines()) == 2

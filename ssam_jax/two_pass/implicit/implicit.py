@@ -23,8 +23,10 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from ssam_jax._base import tracing
+from ssam_jax.two_pass import primitives
 from ssam_jax.two_pass.implicit import weights
 from ssam_jax.two_pass.implicit.weights import Fact, Facts, Role
+from ssam_jax.two_pass.primitives import Trait
 
 
 class _Seen(NamedTuple):
@@ -89,9 +91,11 @@ def _compute(eqn: tracing.Equation, operands: list[Any], options: _Options) -> l
     results = weights.passed_on(eqn, facts, options.masked)
     if not any(fact and fact.path for fact in facts):
         computed = tracing.apply(eqn, values)
+    elif options.masked and primitives.has(eqn, Trait.CHECKPOINT):
+        computed = _checkpoint(eqn, values, facts, options)
     elif options.masked and name in _COMPOSITES:
         computed = _COMPOSITES[name](eqn, values, facts, options)
-    elif options.masked and weights.may_contract(eqn):
+    elif options.masked and primitives.may_multiply(eqn):
         computed = _product(eqn, values, facts, options)
     else:
         computed = tracing.apply(eqn, values)
@@ -101,7 +105,7 @@ def _compute(eqn: tracing.Equation, operands: list[Any], options: _Options) -> l
 
 def _product(eqn: tracing.Equation, values: list[Any], facts: Facts, options: _Options) -> list[Any]:
     """Compute a contraction, or something opaque that contains one."""
-    if eqn.primitive.name in weights.CONTRACTIONS:
+    if primitives.has(eqn, Trait.CONTRACTION):
         side, problem = weights.weight_side(facts)
     else:
         paths = sorted({fact.path for fact in facts if fact and fact.path})
@@ -198,7 +202,7 @@ def _scan(eqn: tracing.Equation, values: list[Any], facts: Facts, options: _Opti
     return [*carry, *rows]
 
 
-_COMPOSITES = {**dict.fromkeys(weights.CHECKPOINTS, _checkpoint), "cond": _cond, "scan": _scan}
+_COMPOSITES = {"cond": _cond, "scan": _scan}
 
 
 def _run(jaxpr: Any, consts: Sequence[Any], values: list[Any], facts: Facts, options: _Options) -> list[Any]:
@@ -212,7 +216,7 @@ def _with_masks(eqn: tracing.Equation, values: list[Any], facts: Facts, results:
         return list(results)
     if eqn.primitive.name == "optimization_barrier":
         return list(facts)
-    if eqn.primitive.name in weights.MOVES:
+    if primitives.has(eqn, Trait.MOVES):
         operands = [
             _full_mask(value, fact) if tracing.is_inexact(atom) else value
             for atom, value, fact in zip(eqn.invars, values, facts)
@@ -239,7 +243,7 @@ def _full_mask(value: Any, fact: Fact | None) -> Any:
 
 
 def _complain(eqn: tracing.Equation, problem: str, strict: bool) -> None:
-    message = f"the implicit form cannot mask {weights.describe(eqn)}: {problem}."
+    message = f"the implicit form cannot mask {tracing.describe(eqn)}: {problem}."
     if strict:
         raise ValueError(
             f"{message} Set the mask of the parameter to True, or pass strict=False to leave such products"

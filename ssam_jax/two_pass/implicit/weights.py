@@ -29,6 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssam_jax._base import tracing
+from ssam_jax.two_pass import primitives
+from ssam_jax.two_pass.primitives import Trait
 
 
 class Role(enum.IntEnum):
@@ -77,42 +79,6 @@ class Fact:
 
 
 Facts: TypeAlias = Sequence[Fact | None]
-
-
-def _names(names: str) -> frozenset[str]:
-    return frozenset(names.split())
-
-
-CONTRACTIONS = _names("dot_general conv_general_dilated ragged_dot_general")
-"""Products of the first two operands."""
-
-CHECKPOINTS = _names("remat2 checkpoint")
-
-SAME = _names(
-    "convert_element_type reduce_precision copy copy_p neg stop_gradient name device_put sharding_constraint"
-    " optimization_barrier pvary pcast"
-)
-"""Views that leave every entry in its place."""
-
-MOVES = _names(
-    "transpose reshape broadcast_in_dim squeeze expand_dims slice dynamic_slice dynamic_update_slice rev"
-    " split gather concatenate select_n pad all_gather"
-)
-"""Views that move entries or choose among them: what they do to the values, they do to the masks."""
-
-ELEMENTWISE = _names("add add_any sub mul div max min rem pow atan2 nextafter select_n clamp complex")
-"""Equations that may broadcast an operand, and mix its entries with those of another."""
-
-JOINS = _names("add add_any sub concatenate")
-"""Where a weight that was broadcast or looked up becomes part of an activation."""
-
-HARMLESS = _names(
-    "scatter scatter_add scatter_mul scatter_min scatter_max sort psum psum_invariant psum2 igamma igammac"
-    " random_gamma_grad zeta polygamma regularized_incomplete_beta"
-)
-"""Other equations of several operands that are no products."""
-
-NO_PRODUCTS = SAME | MOVES | ELEMENTWISE | HARMLESS
 
 
 def weight_fact(path: str, mask: Any = True) -> Fact:
@@ -174,7 +140,7 @@ def passed_on(eqn: tracing.Equation, facts: Facts, masked: bool) -> list[Fact | 
         results: Facts = [_activation(known) if known else None] * len(eqn.outvars)
     elif body is not None:
         results = flow(body.jaxpr, facts, masked)
-    elif name in CHECKPOINTS:
+    elif primitives.has(eqn, Trait.CHECKPOINT):
         results = [_lost(fact, eqn) for fact in flow(eqn.params["jaxpr"], facts, masked)]
     elif name == "cond":
         branches = [flow(branch.jaxpr, facts[1:], masked) for branch in eqn.params["branches"]]
@@ -185,7 +151,7 @@ def passed_on(eqn: tracing.Equation, facts: Facts, masked: bool) -> list[Fact | 
         results = facts
     elif is_view(eqn, facts):
         results = [_viewed(eqn, facts)] * len(eqn.outvars)
-    elif may_contract(eqn):
+    elif primitives.may_multiply(eqn):
         results = [_product(eqn, facts, masked)] * len(eqn.outvars)
     else:
         results = [_mixed(eqn, facts)] * len(eqn.outvars)
@@ -219,19 +185,9 @@ def is_view(eqn: tracing.Equation, facts: Facts) -> bool:
     if any(fact.role is Role.ACTIVATION or (fact.path and fact.lost) for fact in known):
         return False
     scaled = len(known) == 1 and (name == "mul" or (name == "div" and facts[0] is not None))
-    if not (scaled or name in MOVES):
-        return name in SAME
+    if not (scaled or primitives.has(eqn, Trait.MOVES)):
+        return primitives.has(eqn, Trait.VIEW)
     return not (_has_data(eqn, facts) and any(_joins(eqn, fact) for fact in _spread(eqn, facts)))
-
-
-def may_contract(eqn: tracing.Equation) -> bool:
-    """Whether the equation, or one inside it, is a product, or is unknown and might be one."""
-    inner = list(tracing.bodies(eqn))
-    if inner:
-        return any(may_contract(other) for body in inner for other in body.eqns)
-    name = eqn.primitive.name
-    operands = [atom for atom in eqn.invars if tracing.is_inexact(atom) and _shape(atom) != ()]
-    return name in CONTRACTIONS or (name not in NO_PRODUCTS and len(operands) > 1)
 
 
 def weight_side(facts: Facts) -> tuple[int | None, str | None]:
@@ -263,7 +219,7 @@ def weight_side(facts: Facts) -> tuple[int | None, str | None]:
 def _viewed(eqn: tracing.Equation, facts: Facts) -> Fact:
     """Return the fact about a view."""
     parts = [fact for fact, atom in zip(facts, eqn.invars) if fact or tracing.is_inexact(atom)]
-    moved = eqn.primitive.name in MOVES
+    moved = primitives.has(eqn, Trait.MOVES)
     zero = all(fact.zero if fact else not moved for fact in parts)
     fact = dataclasses.replace(_weight(_spread(eqn, facts)), zero=zero)
     return dataclasses.replace(fact, role=Role.EITHER) if eqn.primitive.name == "gather" else fact
@@ -273,10 +229,10 @@ def _product(eqn: tracing.Equation, facts: Facts, masked: bool) -> Fact:
     """Return the fact about a product, or about the result of an equation that may contain one."""
     known = [fact for fact in facts if fact]
     if all(fact.role is Role.PARAMETER for fact in known) and not _has_data(eqn, facts):
-        product = _weight(known, lost=describe(eqn))
+        product = _weight(known, lost=tracing.describe(eqn))
     else:
         product = _activation(known)
-    side, _ = weight_side(facts) if eqn.primitive.name in CONTRACTIONS else (None, None)
+    side, _ = weight_side(facts) if primitives.has(eqn, Trait.CONTRACTION) else (None, None)
     weight = None if side is None else facts[side]
     if masked and weight is not None and weight.zero:
         return dataclasses.replace(product, live=weight.live)
@@ -290,10 +246,10 @@ def _mixed(eqn: tracing.Equation, facts: Facts) -> Fact:
     with_activation = len(weights) < len(known)
     apart = [fact for fact in weights if not _joins(eqn, fact)]
     if not with_activation and (apart or not _has_data(eqn, facts)):
-        return _weight(known, lost=describe(eqn))
+        return _weight(known, lost=tracing.describe(eqn))
     if with_activation and eqn.primitive.name == "concatenate":  # a class token, say
         apart = []
-    return _blend(known, [fact for fact in apart if fact.path], lost=describe(eqn))
+    return _blend(known, [fact for fact in apart if fact.path], lost=tracing.describe(eqn))
 
 
 def _any_of(eqn: tracing.Equation, facts: Facts) -> Fact | None:
@@ -335,13 +291,13 @@ def _blend(known: Sequence[Fact], apart: Sequence[Fact], lost: str | None = None
 
 def _joins(eqn: tracing.Equation, fact: Fact) -> bool:
     """Whether a weight becomes part of the activation that the equation mixes it with."""
-    return fact.bias or (eqn.primitive.name in JOINS and fact.role is Role.EITHER)
+    return fact.bias or (primitives.has(eqn, Trait.JOINS) and fact.role is Role.EITHER)
 
 
 def _has_data(eqn: tracing.Equation, facts: Facts) -> bool:
     """Whether an operand that depends on no parameter could be a layer's input: no mere number."""
     return any(
-        fact is None and _shape(atom) != () and tracing.is_inexact(atom)
+        fact is None and tracing.shape(atom) != () and tracing.is_inexact(atom)
         for fact, atom in zip(facts, eqn.invars)
     )
 
@@ -352,10 +308,10 @@ def _spread(eqn: tracing.Equation, facts: Facts) -> list[Fact]:
     A vector, of at most one dimension larger than 1, becomes a ``bias`` then; also where it goes into
     something opaque, as the scale does of a normalisation with a derivative rule of its own.
     """
-    size = math.prod(_shape(eqn.outvars[0]))
-    broadcasts = eqn.primitive.name in ELEMENTWISE or eqn.primitive.name == "broadcast_in_dim"
+    size = math.prod(tracing.shape(eqn.outvars[0]))
+    broadcasts = primitives.has(eqn, Trait.ELEMENTWISE) or eqn.primitive.name == "broadcast_in_dim"
     spread = []
-    for fact, shape in ((fact, _shape(atom)) for fact, atom in zip(facts, eqn.invars) if fact):
+    for fact, shape in ((fact, tracing.shape(atom)) for fact, atom in zip(facts, eqn.invars) if fact):
         vector = sum(n > 1 for n in shape) < 2
         if broadcasts and size > math.prod(shape):
             fact = dataclasses.replace(fact, role=max(fact.role, Role.EITHER), bias=fact.bias or vector)
@@ -363,10 +319,6 @@ def _spread(eqn: tracing.Equation, facts: Facts) -> list[Fact]:
             fact = dataclasses.replace(fact, bias=True)
         spread.append(fact)
     return spread
-
-
-def _shape(atom: Any) -> tuple[int, ...]:
-    return atom.aval.shape
 
 
 def _without_mask(fact: Fact | None) -> Fact | None:
@@ -377,9 +329,4 @@ def _lost(fact: Fact | None, eqn: tracing.Equation) -> Fact | None:
     """Return the fact with its mask given up, if it has one."""
     if fact is None or not fact.followed:
         return _without_mask(fact)
-    return dataclasses.replace(fact, mask=None, zero=False, lost=describe(eqn))
-
-
-def describe(eqn: tracing.Equation) -> str:
-    """Return the name of an equation and where it stands."""
-    return " at ".join(filter(None, [eqn.primitive.name, tracing.position(eqn)]))
+    return dataclasses.replace(fact, mask=None, zero=False, lost=tracing.describe(eqn))

@@ -73,7 +73,7 @@ def count(traced: tracing.Traced) -> Costs:
     program = products.compile_equations(traced.jaxpr)
     leaves = len(traced.jaxpr.invars) - len(traced.args)
     stacked = _stacked(program, leaves)
-    shapes = map(products.shape, traced.jaxpr.invars[:leaves])
+    shapes = map(tracing.shape, traced.jaxpr.invars[:leaves])
     rows = tuple(shape[0] if i in stacked else 1 for i, shape in enumerate(shapes))
     walk = _Walk()
     values, offset = [], 0
@@ -475,4 +475,4 @@ def _keeps_rows(eqn: tracing.Equation) -> bool:
 def _is_row(eqn: tracing.Equation) -> bool:
     """Whether an equation takes one row of a stack of a size that layers come in."""
     start, limit = eqn.params["start_indices"][0], eqn.params["limit_indices"][0]
-    return limit - start == 1 < products.shape(eqn.invars[0])[0] <= 1024
+    return limit - start == 1 < tracing.shape(eqn.invars[0])[0] <= 1024

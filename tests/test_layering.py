@@ -33,6 +33,7 @@ LAYERS = [
     ["sam"],
     ["alternating"],
     ["two_pass.primitives", "two_pass.loss"],
+    ["two_pass.rows"],
     ["two_pass.splitting", "two_pass.implicit.weights"],
     ["two_pass.planning.products", "two_pass.implicit.implicit", "two_pass.planning.knapsack"],
     ["two_pass.planning.costs", "two_pass.passes"],

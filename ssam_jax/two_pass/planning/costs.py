@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ssam_jax._base import tracing
-from ssam_jax.two_pass import splitting
 from ssam_jax.two_pass.active import Active, FirstRow
 from ssam_jax.two_pass.planning import products
+from ssam_jax.two_pass.rows import params_for_rows
 
 
 @dataclass(frozen=True)
@@ -469,7 +469,7 @@ def _stacked(program: products.Program, leaves: int) -> set[int]:
 
 def _keeps_rows(eqn: tracing.Equation) -> bool:
     """Whether an equation may be computed on some rows of its operands."""
-    return splitting.params_for_rows(eqn, 1) is not None
+    return params_for_rows(eqn, 1) is not None
 
 
 def _is_row(eqn: tracing.Equation) -> bool:

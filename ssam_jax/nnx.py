@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import nnx
@@ -12,7 +12,7 @@ from flax.nnx import filterlib
 import ssam_jax
 from ssam_jax._base import checks, trees
 from ssam_jax.two_pass.active import Active
-from ssam_jax.typing import Gradients, Mask, Params
+from ssam_jax.typing import Form, Gradients, Mask, Params, PyTree, TwoPassGradFn
 
 
 def two_pass_value_and_grad(
@@ -20,9 +20,9 @@ def two_pass_value_and_grad(
     *,
     has_aux: bool = False,
     wrt: filterlib.Filter = nnx.Param,
-    form: Literal["explicit", "implicit"] = "explicit",
+    form: Form = "explicit",
     strict: bool = True,
-) -> Callable[..., tuple[Any, nnx.State, ssam_jax.TwoPassGradFn]]:
+) -> Callable[..., tuple[Any, nnx.State, TwoPassGradFn]]:
     """Return a function that computes what a step of `ssam` needs, as ``nnx.value_and_grad`` does SGD's.
 
     A training step reads::
@@ -46,16 +46,16 @@ def two_pass_value_and_grad(
         _, _, grad_fn = two_pass(copy, images, labels)
 
     Args:
-      loss_fn: ``loss_fn(model, *args)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``, where aux
-        is a pytree of arrays. It may not add variables to the model, or take any away; and what it
-        assigns to those of ``wrt`` is lost.
+      loss_fn: ``loss_fn(model, *args, **kwargs)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``,
+        where aux is a pytree of arrays. It may not add variables to the model, or take any away; and what
+        it assigns to those of ``wrt`` is lost.
       has_aux: whether ``loss_fn`` returns a pair.
       wrt: a filter of the variables to differentiate, the optimizer's.
       form: as in `ssam_jax.two_pass_value_and_grad`, with ``strict``.
       strict: for the implicit form.
 
     Returns:
-      ``f(model, *args, active=None, mask=None) -> (value, grads, grad_fn)``, with ``active`` from
+      ``f(model, *args, active=None, mask=None, **kwargs) -> (value, grads, grad_fn)``, with ``active`` from
       ``active_leaves(optimizer.opt_state)``, for the implicit form ``mask`` from
       ``get_mask(optimizer.opt_state)``, and ``grads`` an ``nnx.State`` like that of ``nnx.grad``. It raises
       what `ssam_jax.two_pass_value_and_grad` does, and ValueError if ``wrt`` selects no variable, or if
@@ -82,9 +82,14 @@ def two_pass_value_and_grad(
         return nnx.split(nodes, of_model, nnx.Variable, ...)
 
     def two_pass(
-        model: Any, *args: Any, active: Active | None = None, mask: Mask | Active | None = None
-    ) -> tuple[Any, nnx.State, ssam_jax.TwoPassGradFn]:
-        nodes = (model, *args)
+        model: Any,
+        /,
+        *args: PyTree,
+        active: Active | None = None,
+        mask: Mask | Active | None = None,
+        **kwargs: PyTree,
+    ) -> tuple[Any, nnx.State, TwoPassGradFn]:
+        nodes = (model, args, kwargs)
         graph, selected, state, arrays = split(nodes)
         if 0 not in selected:
             raise ValueError(
@@ -96,31 +101,54 @@ def two_pass_value_and_grad(
 
         def pure(params: Params, values: list[Any], arrays: Any) -> tuple[Any, tuple[Any, Any]]:
             nodes = nnx.merge(graph, _filled(selected, params), _filled(state, values), arrays)
-            value = loss_fn(*nodes)
+            model, args, kwargs = nodes
+            value = loss_fn(model, *args, **kwargs)
             loss, aux = checks.loss_and_aux(value) if has_aux else (value, None)
             new = split(nodes)[2]
             _check_same_variables(new, state)
             return loss, (new, aux)
 
-        def without_state(value: tuple[Any, tuple[Any, Any]]) -> Any:
-            loss, (_, aux) = value
-            return (loss, aux) if has_aux else loss
-
-        def value_and_grad(point: Params, step: int) -> tuple[Any, Gradients]:
-            value, grads = inner.value_and_grad(_filled(params, point), step)
-            return without_state(value), _filled(point, grads)
-
-        def ascent(point: Params, step: int) -> Gradients:
-            return _filled(point, inner.ascent(_filled(params, point), step))
-
         masks = None if mask is None else tuple(_arrays(mask))
         shared = ssam_jax.two_pass_value_and_grad(pure, has_aux=True, form=form, strict=strict)
         value, grads, inner = shared(params, values, arrays, active=active, mask=masks)
         nnx.update(nodes, value[1][0])
-        grad_fn = dataclasses.replace(inner, value_and_grad=value_and_grad, ascent=ascent)
-        return without_state(value), grads, grad_fn
+        grad_fn = _ModelGradFn(inner.partial, inner.form, inner, params, has_aux)
+        return grad_fn.without_state(value), grads, grad_fn
 
     return two_pass
+
+
+@dataclasses.dataclass(eq=False)
+class _ModelGradFn:
+    """The `TwoPassGradFn` of a model: its variables come as the optimizer has them, and state is left out.
+
+    Attributes:
+      partial: as of ``inner``.
+      form: as of ``inner``.
+      inner: the gradient function of the pure loss, whose aux is ``(state, aux)``.
+      params: the variables as ``inner`` takes them.
+      has_aux: whether the model's loss returns aux.
+    """
+
+    partial: bool
+    form: Form
+    inner: TwoPassGradFn
+    params: Params
+    has_aux: bool
+
+    def __call__(self, point: Params, step: int = 0, /) -> Gradients:
+        return self.value_and_grad(point, step)[1]
+
+    def value_and_grad(self, point: Params, step: int = 0, /) -> tuple[Any, Gradients]:
+        value, grads = self.inner.value_and_grad(_filled(self.params, point), step)
+        return self.without_state(value), _filled(point, grads)
+
+    def ascent(self, point: Params, step: int = 0, /) -> Gradients:
+        return _filled(point, self.inner.ascent(_filled(self.params, point), step))
+
+    def without_state(self, value: tuple[Any, tuple[Any, Any]]) -> Any:
+        loss, (_, aux) = value
+        return (loss, aux) if self.has_aux else loss
 
 
 class Optimizer(nnx.Optimizer):

@@ -8,13 +8,16 @@ it needs the equations and the facts, no values. The rules, for one equation:
 - A view (a cast, a transpose, a slice, a concatenation, a choice between parts, a multiplication by what
   depends on no parameter) shows the same weight: its mask is followed.
 - Any other function of parameters alone is still a weight, but its mask is lost. That is harmless unless
-  it comes to a contraction.
+  it reaches a contraction.
 - A contraction makes an activation. So does adding a weight that was broadcast or looked up, as a bias or
-  an embedding is, and multiplying by a vector that was broadcast, as the scale of a normalisation is.
+  an embedding is, and multiplying by a vector that was broadcast, as the scale of a normalization is.
 - Any other mixture of a weight and an activation is either of the two, with the mask lost.
+- Where no gradient flows, there is nothing to mask. What an equation without a derivative returns, such as
+  a comparison or ``stop_gradient``, reaches no parameter.
 
-What looked up or broadcast parameters are, the contraction tells: beside a plain weight they are its
-input (tokens, learned queries), beside an activation they are its weight (the experts of a mixture).
+The contraction decides what looked-up or broadcast parameters are: multiplied with a plain weight they are
+its input (tokens, learned queries), multiplied with an activation they are its weight (the experts of a
+mixture).
 """
 
 import dataclasses
@@ -22,7 +25,7 @@ import enum
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +55,12 @@ class Fact:
 
     Attributes:
       role: weight, activation or what cannot be told yet.
-      reached: the paths of the parameters that it depends on.
-      live: those of them to which its gradient flows; from the others every path is cut by a mask that is
-        False throughout.
+      reached: the paths of the parameters to which a gradient would flow without masks.
+      live: those of them to which one does; on every way to the others is a mask that is all False.
       path: a parameter with a mask that the value is a function of, as a weight; None if there is none.
       mask: bool array that broadcasts against the value, True where it is kept; None if there is no mask,
         if ``zero`` or ``lost``, and wherever facts are passed on without values.
-      zero: whether the mask is known to be False throughout.
+      zero: whether the mask is known to be all False.
       lost: the equation, and where it stands, that made the mask impossible to follow; None if followed.
       bias: whether the value has been broadcast from a vector or a number.
     """
@@ -67,7 +69,7 @@ class Fact:
     reached: frozenset[str]
     live: frozenset[str]
     path: str | None = None
-    mask: Any = None
+    mask: tracing.Value = None
     zero: bool = False
     lost: str | None = None
     bias: bool = False
@@ -81,14 +83,14 @@ class Fact:
 Facts: TypeAlias = Sequence[Fact | None]
 
 
-def weight_fact(path: str, mask: Any = True) -> Fact:
+def weight_fact(path: str, mask: bool | np.ndarray | jax.Array = True) -> Fact:
     """Return the fact about a parameter itself.
 
     Args:
       path: names the parameter in messages.
       mask: a bool, or a bool array that broadcasts against the parameter: True for the entries that stay
-        in the backward pass. If its values are known while tracing, True throughout is no mask, and False
-        throughout lets the compiler drop the product. Those of a traced array are not known.
+        in the backward pass. If its values are known while tracing, all True is no mask, and all False lets
+        the compiler drop the product. Those of a traced array are not known.
 
     Raises:
       TypeError: the mask is not of dtype bool.
@@ -105,8 +107,8 @@ def weight_fact(path: str, mask: Any = True) -> Fact:
     return dataclasses.replace(fact, mask=jnp.asarray(mask))
 
 
-def cut_leaves(fact: Fact | None) -> list[str]:
-    """Return the parameters whose gradient is zero because masks cut every path to them, sorted.
+def without_gradient(fact: Fact | None) -> list[str]:
+    """Return the parameters whose gradient is zero because of the masks on every way to them, sorted.
 
     Args:
       fact: about the loss.
@@ -120,10 +122,10 @@ def flow(jaxpr: tracing.Equations, facts: Facts, masked: bool) -> list[Fact | No
     Args:
       jaxpr: equations.
       facts: one for each of the ``invars``, or None.
-      masked: whether contractions are masked. If not, nothing is cut.
+      masked: whether contractions are masked. If not, all that is reached is live.
     """
 
-    def rule(eqn: tracing.Equation, operands: list[Any]) -> list[Fact | None]:
+    def rule(eqn: tracing.Equation, operands: list[Fact | None]) -> list[Fact | None]:
         return passed_on(eqn, [x if isinstance(x, Fact) else None for x in operands], masked)
 
     outcome = tracing.interpret(jaxpr, [None] * len(jaxpr.constvars), facts, rule)
@@ -155,6 +157,8 @@ def passed_on(eqn: tracing.Equation, facts: Facts, masked: bool) -> list[Fact | 
         results = [_product(eqn, facts, masked)] * len(eqn.outvars)
     else:
         results = [_mixed(eqn, facts)] * len(eqn.outvars)
+    if primitives.has(eqn, Trait.CONSTANT):
+        results = list(map(_detached, results))
     return [
         _without_mask(fact) if tracing.is_inexact(var) else None for fact, var in zip(results, eqn.outvars)
     ]
@@ -191,7 +195,7 @@ def is_view(eqn: tracing.Equation, facts: Facts) -> bool:
 
 
 def weight_side(facts: Facts) -> tuple[int | None, str | None]:
-    """Tell which operand of a contraction is the weight that is to be masked.
+    """Return which operand of a contraction is the weight to mask.
 
     Args:
       facts: about its first two operands.
@@ -200,7 +204,7 @@ def weight_side(facts: Facts) -> tuple[int | None, str | None]:
       0 or 1, or None for neither; and, if there is a mask but it cannot be used, whose and why.
     """
     left, right = facts[:2]
-    if left is None or right is None:
+    if left is None or right is None or not (left.reached or right.reached):
         return None, None
     role = min(left.role, right.role)
     sides = [i for i, fact in enumerate((left, right)) if fact.role is role and fact.path]
@@ -210,10 +214,20 @@ def weight_side(facts: Facts) -> tuple[int | None, str | None]:
         if role is Role.PARAMETER and left.path == right.path:  # a norm or a Gram matrix
             return None, None
         return None, f"{left.path!r} is multiplied with {right.path!r}, which has a mask too"
-    weight = (left, right)[sides[0]]
+    weight, other = (left, right) if sides == [0] else (right, left)
+    if not other.reached:  # no gradient flows to it, with or without the mask
+        return None, None
     if weight.lost:
         return None, f"the mask of {weight.path!r} cannot be followed through {weight.lost}"
     return sides[0], None
+
+
+def hidden_product(facts: Facts) -> str | None:
+    """Return why masks cannot be used inside an equation that cannot be opened; None if none is needed."""
+    if not any(fact.reached for fact in facts if fact):
+        return None
+    paths = sorted({fact.path for fact in facts if fact and fact.path})
+    return f"the products in it cannot use the mask of {', '.join(map(repr, paths))}"
 
 
 def _viewed(eqn: tracing.Equation, facts: Facts) -> Fact:
@@ -247,7 +261,7 @@ def _mixed(eqn: tracing.Equation, facts: Facts) -> Fact:
     apart = [fact for fact in weights if not _joins(eqn, fact)]
     if not with_activation and (apart or not _has_data(eqn, facts)):
         return _weight(known, lost=tracing.describe(eqn))
-    if with_activation and eqn.primitive.name == "concatenate":  # a class token, say
+    if with_activation and eqn.primitive.name == "concatenate":  # such as a class token
         apart = []
     return _blend(known, [fact for fact in apart if fact.path], lost=tracing.describe(eqn))
 
@@ -319,6 +333,13 @@ def _spread(eqn: tracing.Equation, facts: Facts) -> list[Fact]:
             fact = dataclasses.replace(fact, bias=True)
         spread.append(fact)
     return spread
+
+
+def _detached(fact: Fact | None) -> Fact | None:
+    """Return the fact about a value through which no gradient flows."""
+    if fact is None or fact.role is Role.ACTIVATION:
+        return None
+    return dataclasses.replace(fact, reached=frozenset(), live=frozenset())
 
 
 def _without_mask(fact: Fact | None) -> Fact | None:

@@ -500,6 +500,53 @@ def test_arguments_that_are_no_jax_arrays_stay_what_they_are():
     assert_close((value, grads), jax.value_and_grad(loss)(mlp_params(), *BATCH, options))
 
 
+def with_options(params, images, /, labels, *, mask_out=None, scale=1.0, params_too=False):
+    x = images if mask_out is None else images * mask_out["rows"]
+    return scale * mlp(params, x, labels) + (jnp.sum(params["head"] ** 2) if params_too else 0.0)
+
+
+def test_keyword_arguments_reach_the_loss_as_they_do_under_value_and_grad():
+    images, labels = BATCH
+    options = {"mask_out": {"rows": jnp.arange(6.0)[:, None]}, "scale": jnp.float32(2), "params_too": True}
+    params = mlp_params()
+    point = nearby(params, LAST_ROWS_AND_HEAD)
+
+    @quick_jit
+    def passes(params, images, labels, arrays):
+        two_pass = two_pass_value_and_grad(with_options)
+        value, grads, grad_fn = two_pass(
+            params, images, labels=labels, active=LAST_ROWS_AND_HEAD, **arrays, params_too=True
+        )
+        return value, grads, grad_fn(point, 0)
+
+    arrays = {name: options[name] for name in ("mask_out", "scale")}
+    plain = jax.value_and_grad(with_options)
+    value, grads = plain(params, images, labels=labels, **options)
+    expected = value, keep(grads, LAST_ROWS_AND_HEAD), plain(point, images, labels=labels, **options)[1]
+    assert_equal_to_rounding(passes(params, images, labels, arrays), expected)
+
+
+def test_keyword_arguments_reach_a_loss_with_side_effects_too():
+    def loss(params, x, *, labels):
+        return printing(params, x, labels)
+
+    with pytest.warns(UserWarning, match="side effect"):
+        value, grads, _ = two_pass_value_and_grad(loss)(mlp_params(), x=BATCH[0], labels=BATCH[1])
+    assert_close((value, grads), jax.value_and_grad(mlp)(mlp_params(), *BATCH))
+
+
+def test_a_loss_has_any_names_but_those_of_the_two_passes():
+    """Such as names that the library uses inside."""
+
+    def loss(weights, *, params, args, has_aux):
+        return jnp.sum(weights * params) * (args if has_aux else 0)
+
+    value, grads, _ = two_pass_value_and_grad(loss)(
+        jnp.ones(3), params=jnp.arange(3.0), args=2.0, has_aux=True
+    )
+    assert_same((value, grads), (jnp.float32(6), 2 * jnp.arange(3.0)))
+
+
 def test_it_works_under_vmap():
     params = mlp_params()
     stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)

@@ -571,6 +571,56 @@ def test_cuts_are_found_inside_loops_and_branches():
     assert cut(loss, params, everything | {"out": False}, normal(4, 3, 4)) == ["in", "stack"]
 
 
+# Where no gradient flows, there is nothing to mask.
+
+
+def compared(p, h):
+    return jnp.where(h > p["w"][:3], h, 0) @ p["v"]
+
+
+def counted(p, h):
+    hits = sum(f(h, p["w"][:3]).astype(jnp.float32) for f in (jnp.less, jnp.equal, jnp.greater_equal))
+    return (h * hits) @ p["v"]
+
+
+def searched(p, h):
+    return (h * jnp.searchsorted(jnp.sort(p["w"][0]), h)) @ p["v"]
+
+
+def looked_ahead(p, h):
+    guess = jax.lax.stop_gradient(h) @ (p["w"] - jnp.mean(p["w"]))
+    return (h * jnp.tanh(guess)) @ p["v"]
+
+
+def called_back(p, h):
+    inputs = jax.lax.stop_gradient((h, p["w"]))
+    found = jax.pure_callback(np.matmul, jax.ShapeDtypeStruct(h.shape, h.dtype), *inputs)
+    return (h * found) @ p["v"]
+
+
+def looped(p, h):
+    def grow(n):
+        return n + 1
+
+    steps = jax.lax.while_loop(lambda n: n < jnp.sum(h @ p["w"]) * 0 + 3, grow, 0)
+    return h * steps.astype(jnp.float32) @ p["v"]
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
+@pytest.mark.parametrize("model", [compared, counted, searched, looked_ahead, called_back, looped])
+def test_what_sends_no_gradient_has_nothing_to_mask(model):
+    params, masks, x, loss = out_of_sight(model)
+
+    def by_hand_loss(p, x):
+        mean, swap = jnp.mean, {"v": jnp.eye(4)}
+        activations = model({**p, **swap}, jnp.tanh(x @ p["e"]))
+        return mean(jnp.square(by_hand("bi,io->bo", activations, p["v"], masks["v"])))
+
+    grads = jax.jit(implicit_grad(loss, masks))(params, x)
+    assert_close(grads, jax.jit(jax.grad(by_hand_loss))(params, x), rtol=1e-4, atol=1e-5)
+    assert distance(grads["e"], jax.jit(jax.grad(loss))(params, x)["e"]) > 0.05
+
+
 # Never silently dense.
 
 

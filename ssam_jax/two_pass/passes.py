@@ -26,12 +26,12 @@ from ssam_jax.typing import Form, Gradients, Mask, Params, PyTree, TwoPassGradFn
 
 
 def two_pass_value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., PyTree],
     *,
     has_aux: bool = False,
     form: Form = "explicit",
     strict: bool = True,
-) -> Callable[..., tuple[Any, Gradients, TwoPassGradFn]]:
+) -> Callable[..., tuple[PyTree, Gradients, TwoPassGradFn]]:
     """Return a function that computes what a step of `ssam` needs, for less than two gradients.
 
     It takes the place of ``jax.value_and_grad`` in a training step, inside ``jit``::
@@ -111,12 +111,12 @@ def two_pass_value_and_grad(
         active: Active | None = None,
         mask: Mask | Active | None = None,
         **kwargs: PyTree,
-    ) -> tuple[Any, Gradients, TwoPassGradFn]:
+    ) -> tuple[PyTree, Gradients, TwoPassGradFn]:
         trees.check_floating(params, "params")
         chosen = check_active(active, params)
         masks = check_mask(mask, params, form)
 
-        def call(params: Params, args: PyTree, kwargs: PyTree) -> Any:
+        def call(params: Params, args: PyTree, kwargs: PyTree) -> PyTree:
             return loss_fn(params, *args, **kwargs)
 
         loss = trace_loss(call, params, args, kwargs, has_aux=has_aux)
@@ -139,7 +139,7 @@ def two_pass_value_and_grad(
     return two_pass
 
 
-def _check_options(loss_fn: Any, has_aux: Any, form: Any, strict: Any) -> None:
+def _check_options(loss_fn: object, has_aux: object, form: object, strict: object) -> None:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, *args), got {loss_fn!r}.")
     checks.flag("has_aux", has_aux)
@@ -150,10 +150,10 @@ def _check_options(loss_fn: Any, has_aux: Any, form: Any, strict: Any) -> None:
 class Passes(Protocol):
     """The two passes, each from parameters to the loss, or ``(loss, aux)``, and a gradient."""
 
-    def ascent(self, params: Params, /) -> tuple[Any, Gradients]:
+    def ascent(self, params: Params, /) -> tuple[PyTree, Gradients]:
         """Return the gradient of the active leaves, zeros elsewhere."""
 
-    def descent(self, params: Params, /) -> tuple[Any, Gradients]:
+    def descent(self, params: Params, /) -> tuple[PyTree, Gradients]:
         """Return the complete gradient."""
 
 
@@ -169,7 +169,7 @@ class _GradFn:
         """Return the complete gradient at ``params``."""
         return self.passes.descent(params)[1]
 
-    def value_and_grad(self, params: Params, step: int = 0, /) -> tuple[Any, Gradients]:
+    def value_and_grad(self, params: Params, step: int = 0, /) -> tuple[PyTree, Gradients]:
         """Return the loss at ``params``, or ``(loss, aux)``, and the complete gradient."""
         return self.passes.descent(params)
 
@@ -218,7 +218,7 @@ class SharedPasses:
     facts: list[Fact | None]
     strict: bool
 
-    def ascent(self, params: Params, /) -> tuple[Any, Gradients]:
+    def ascent(self, params: Params, /) -> tuple[PyTree, Gradients]:
         """Differentiate the suffix by the active pieces, in the implicit form through masked weights."""
 
         def suffix(active: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
@@ -234,7 +234,7 @@ class SharedPasses:
         zeros = [jnp.zeros_like(piece.of(leaves[piece.leaf])) for piece in self.pieces if not piece.active]
         return self.loss.rebuild([value, *aux]), self._gradients(of_active, zeros)
 
-    def descent(self, params: Params, /) -> tuple[Any, Gradients]:
+    def descent(self, params: Params, /) -> tuple[PyTree, Gradients]:
         """Differentiate the suffix by the active pieces and the cut, and pull the latter to all others."""
 
         def suffix(
@@ -306,13 +306,13 @@ class SeparatePasses:
       strict: whether a mask that cannot be followed is an error.
     """
 
-    exact: Callable[[Params], tuple[Any, Gradients]]
+    exact: Callable[[Params], tuple[PyTree, Gradients]]
     loss: TracedLoss
     active: Active
     masks: Sequence[LeafMask] | None
     strict: bool
 
-    def ascent(self, params: Params, /) -> tuple[Any, Gradients]:
+    def ascent(self, params: Params, /) -> tuple[PyTree, Gradients]:
         """Differentiate by all leaves, in the implicit form through masked weights; keep the active ones."""
         value, grads = self.exact(params) if self.masks is None else self._masked(params)
         leaves = jax.tree.leaves(grads)
@@ -321,14 +321,14 @@ class SeparatePasses:
         kept = [x if piece.active else jnp.zeros_like(x) for piece, x in zip(pieces, values)]
         return value, _tree_of(pieces, kept, params)
 
-    def descent(self, params: Params, /) -> tuple[Any, Gradients]:
+    def descent(self, params: Params, /) -> tuple[PyTree, Gradients]:
         """Differentiate by all leaves."""
         return self.exact(params)
 
-    def _masked(self, params: Params) -> tuple[Any, Gradients]:
+    def _masked(self, params: Params) -> tuple[PyTree, Gradients]:
         traced = self.loss.traced
 
-        def loss(params: Params) -> tuple[jax.Array, Any]:
+        def loss(params: Params) -> tuple[jax.Array, PyTree]:
             leaves = jax.tree.leaves(params)
             pieces = splitting.pieces(leaves, (True,) * len(leaves))
             facts = [*facts_about(pieces, params, self.masks), *(None for _ in traced.args)]

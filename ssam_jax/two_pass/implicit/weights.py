@@ -54,7 +54,7 @@ class Fact:
     """What is known of a value that depends on parameters: a pytree whose one leaf is the mask.
 
     Attributes:
-      role: weight, activation or what cannot be told yet.
+      role: weight, activation or not known yet.
       reached: the paths of the parameters to which a gradient would flow without masks.
       live: those of them to which one does; on every way to the others is a mask that is all False.
       path: a parameter with a mask that the value is a function of, as a weight; None if there is none.

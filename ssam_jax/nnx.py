@@ -1,6 +1,5 @@
 """Flax NNX: both passes of SAM for a model that is updated in place."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from flax.nnx import filterlib
 import ssam_jax
 from ssam_jax._base import checks, trees
 from ssam_jax.two_pass.active import Active
+from ssam_jax.two_pass.passes import GradFn
 from ssam_jax.typing import Form, Gradients, Mask, Params, PyTree, TwoPassGradFn
 
 
@@ -108,47 +108,24 @@ def two_pass_value_and_grad(
             _check_same_variables(new, state)
             return loss, (new, aux)
 
+        def without_state(value: tuple[PyTree, tuple[PyTree, PyTree]]) -> PyTree:
+            loss, (_, aux) = value
+            return (loss, aux) if has_aux else loss
+
+        def value_and_grad(point: Params, step: int) -> tuple[PyTree, Gradients]:
+            value, grads = inner.value_and_grad(_filled(params, point), step)
+            return without_state(value), _filled(point, grads)
+
+        def ascent(point: Params, step: int) -> Gradients:
+            return _filled(point, inner.ascent(_filled(params, point), step))
+
         masks = None if mask is None else tuple(_arrays(mask))
         shared = ssam_jax.two_pass_value_and_grad(pure, has_aux=True, form=form, strict=strict)
         value, grads, inner = shared(params, values, arrays, active=active, mask=masks)
         nnx.update(nodes, value[1][0])
-        grad_fn = _ModelGradFn(inner.partial, inner.form, inner, params, has_aux)
-        return grad_fn.without_state(value), grads, grad_fn
+        return without_state(value), grads, GradFn(value_and_grad, ascent, inner.partial, inner.form)
 
     return two_pass
-
-
-@dataclasses.dataclass(eq=False)
-class _ModelGradFn:
-    """The `TwoPassGradFn` of a model: its variables come as the optimizer has them, and state is left out.
-
-    Attributes:
-      partial: as of ``inner``.
-      form: as of ``inner``.
-      inner: the gradient function of the pure loss, whose aux is ``(state, aux)``.
-      params: the variables as ``inner`` takes them.
-      has_aux: whether the model's loss returns aux.
-    """
-
-    partial: bool
-    form: Form
-    inner: TwoPassGradFn
-    params: Params
-    has_aux: bool
-
-    def __call__(self, point: Params, step: int = 0, /) -> Gradients:
-        return self.value_and_grad(point, step)[1]
-
-    def value_and_grad(self, point: Params, step: int = 0, /) -> tuple[Any, Gradients]:
-        value, grads = self.inner.value_and_grad(_filled(self.params, point), step)
-        return self.without_state(value), _filled(point, grads)
-
-    def ascent(self, point: Params, step: int = 0, /) -> Gradients:
-        return _filled(point, self.inner.ascent(_filled(self.params, point), step))
-
-    def without_state(self, value: tuple[Any, tuple[Any, Any]]) -> Any:
-        loss, (_, aux) = value
-        return (loss, aux) if self.has_aux else loss
 
 
 class Optimizer(nnx.Optimizer):

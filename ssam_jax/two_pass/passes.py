@@ -133,8 +133,13 @@ def two_pass_value_and_grad(
             exact = jax.value_and_grad(lambda params: call(params, args, kwargs), has_aux=has_aux)
             passes = SeparatePasses(exact, loss, chosen, masks, strict)
         value, grads = passes.ascent(params)
-        partial = any(entry is not True for entry in chosen)
-        return value, grads, _GradFn(passes, partial, form)
+        grad_fn = GradFn(
+            value_and_grad=lambda params, step: passes.descent(params),
+            ascent=lambda params, step: passes.ascent(params)[1],
+            partial=any(entry is not True for entry in chosen),
+            form=form,
+        )
+        return value, grads, grad_fn
 
     return two_pass
 
@@ -158,24 +163,24 @@ class Passes(Protocol):
 
 
 @dataclasses.dataclass(eq=False)
-class _GradFn:
-    """The `TwoPassGradFn` of two passes."""
+class GradFn:
+    """The `TwoPassGradFn` of two functions; ``dataclasses.replace`` exchanges either.
 
-    passes: Passes
+    Attributes:
+      value_and_grad: from parameters and step to the loss, or ``(loss, aux)``, and the complete gradient.
+      ascent: from parameters and step to the gradient of the active leaves.
+      partial: as in `TwoPassGradFn`.
+      form: as in `TwoPassGradFn`.
+    """
+
+    value_and_grad: Callable[[Params, int], tuple[PyTree, Gradients]]
+    ascent: Callable[[Params, int], Gradients]
     partial: bool
     form: Form
 
     def __call__(self, params: Params, step: int = 0, /) -> Gradients:
         """Return the complete gradient at ``params``."""
-        return self.passes.descent(params)[1]
-
-    def value_and_grad(self, params: Params, step: int = 0, /) -> tuple[PyTree, Gradients]:
-        """Return the loss at ``params``, or ``(loss, aux)``, and the complete gradient."""
-        return self.passes.descent(params)
-
-    def ascent(self, params: Params, step: int = 0, /) -> Gradients:
-        """Return the gradient of the active leaves, zero elsewhere."""
-        return self.passes.ascent(params)[1]
+        return self.value_and_grad(params, step)[1]
 
 
 class Cut(NamedTuple):

@@ -67,7 +67,7 @@ def ascending(problem: Problem, tx: Any, examples: int | None = None) -> Step:
 def two_passes(
     problem: Problem, tx: Any, active: Any = None, mask: Any = None, form: Any = "explicit"
 ) -> Step:
-    """Return a step by the fast road; the implicit form takes the mask of the state if none is given."""
+    """Return a step by two-pass gradients; the implicit form takes the state's mask if none is given."""
     passes = two_pass_value_and_grad(problem.loss, form=form)
 
     def step(params: Any, state: Any, *args: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What a step costs by the fast road, as more and more of the last layers are perturbed.
+"""What a step costs by two-pass gradients, as more and more of the last layers are perturbed.
 
 Run ``python benchmarks/two_pass.py``; ``--help`` lists the sizes. For each network and share of the work,
-three ways to take the same step: the fast road; two gradients, the first one of the active leaves
+three ways to take the same step: two-pass gradients; two gradients, the first one of the active leaves
 alone, which leaves it to the compiler to find what they share; and, once, ``optax.contrib.sam``. They
 take turns, and medians count. Operations are those of the products in the compiled step.
 """
@@ -166,7 +166,7 @@ def tables(record: Record) -> dict[str, str]:
 
 
 def table_rows(results: dict[str, Any]) -> list[tuple[float, dict[str, Any], dict[str, Any]]]:
-    """Return for each choice the prediction, the fast road's costs, and those left to the compiler."""
+    """Return for each choice the prediction, and the costs of two-pass gradients and of the compiler's."""
     every = results["steps"]
     return [(share, every[f"fast, {n}"], every[f"trusting, {n}"]) for n, share in results["predicted"]]
 

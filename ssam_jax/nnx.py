@@ -1,9 +1,8 @@
 """Flax NNX: both passes of SAM for a model that is updated in place."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import nnx
@@ -12,7 +11,8 @@ from flax.nnx import filterlib
 import ssam_jax
 from ssam_jax._base import checks, trees
 from ssam_jax.two_pass.active import Active
-from ssam_jax.typing import Gradients, Mask, Params
+from ssam_jax.two_pass.passes import GradFn
+from ssam_jax.typing import Form, Gradients, Mask, Params, PyTree, TwoPassGradFn
 
 
 def two_pass_value_and_grad(
@@ -20,9 +20,9 @@ def two_pass_value_and_grad(
     *,
     has_aux: bool = False,
     wrt: filterlib.Filter = nnx.Param,
-    form: Literal["explicit", "implicit"] = "explicit",
+    form: Form = "explicit",
     strict: bool = True,
-) -> Callable[..., tuple[Any, nnx.State, ssam_jax.TwoPassGradFn]]:
+) -> Callable[..., tuple[Any, nnx.State, TwoPassGradFn]]:
     """Return a function that computes what a step of `ssam` needs, as ``nnx.value_and_grad`` does SGD's.
 
     A training step reads::
@@ -46,16 +46,16 @@ def two_pass_value_and_grad(
         _, _, grad_fn = two_pass(copy, images, labels)
 
     Args:
-      loss_fn: ``loss_fn(model, *args)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``, where aux
-        is a pytree of arrays. It may not add variables to the model, or take any away; and what it
-        assigns to those of ``wrt`` is lost.
+      loss_fn: ``loss_fn(model, *args, **kwargs)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``,
+        where aux is a pytree of arrays. It may not add variables to the model, or take any away; and what
+        it assigns to those of ``wrt`` is lost.
       has_aux: whether ``loss_fn`` returns a pair.
       wrt: a filter of the variables to differentiate, the optimizer's.
       form: as in `ssam_jax.two_pass_value_and_grad`, with ``strict``.
       strict: for the implicit form.
 
     Returns:
-      ``f(model, *args, active=None, mask=None) -> (value, grads, grad_fn)``, with ``active`` from
+      ``f(model, *args, active=None, mask=None, **kwargs) -> (value, grads, grad_fn)``, with ``active`` from
       ``active_leaves(optimizer.opt_state)``, for the implicit form ``mask`` from
       ``get_mask(optimizer.opt_state)``, and ``grads`` an ``nnx.State`` like that of ``nnx.grad``. It raises
       what `ssam_jax.two_pass_value_and_grad` does, and ValueError if ``wrt`` selects no variable, or if
@@ -82,9 +82,14 @@ def two_pass_value_and_grad(
         return nnx.split(nodes, of_model, nnx.Variable, ...)
 
     def two_pass(
-        model: Any, *args: Any, active: Active | None = None, mask: Mask | Active | None = None
-    ) -> tuple[Any, nnx.State, ssam_jax.TwoPassGradFn]:
-        nodes = (model, *args)
+        model: Any,
+        /,
+        *args: PyTree,
+        active: Active | None = None,
+        mask: Mask | Active | None = None,
+        **kwargs: PyTree,
+    ) -> tuple[Any, nnx.State, TwoPassGradFn]:
+        nodes = (model, args, kwargs)
         graph, selected, state, arrays = split(nodes)
         if 0 not in selected:
             raise ValueError(
@@ -96,17 +101,18 @@ def two_pass_value_and_grad(
 
         def pure(params: Params, values: list[Any], arrays: Any) -> tuple[Any, tuple[Any, Any]]:
             nodes = nnx.merge(graph, _filled(selected, params), _filled(state, values), arrays)
-            value = loss_fn(*nodes)
+            model, args, kwargs = nodes
+            value = loss_fn(model, *args, **kwargs)
             loss, aux = checks.loss_and_aux(value) if has_aux else (value, None)
             new = split(nodes)[2]
             _check_same_variables(new, state)
             return loss, (new, aux)
 
-        def without_state(value: tuple[Any, tuple[Any, Any]]) -> Any:
+        def without_state(value: tuple[PyTree, tuple[PyTree, PyTree]]) -> PyTree:
             loss, (_, aux) = value
             return (loss, aux) if has_aux else loss
 
-        def value_and_grad(point: Params, step: int) -> tuple[Any, Gradients]:
+        def value_and_grad(point: Params, step: int) -> tuple[PyTree, Gradients]:
             value, grads = inner.value_and_grad(_filled(params, point), step)
             return without_state(value), _filled(point, grads)
 
@@ -117,8 +123,7 @@ def two_pass_value_and_grad(
         shared = ssam_jax.two_pass_value_and_grad(pure, has_aux=True, form=form, strict=strict)
         value, grads, inner = shared(params, values, arrays, active=active, mask=masks)
         nnx.update(nodes, value[1][0])
-        grad_fn = dataclasses.replace(inner, value_and_grad=value_and_grad, ascent=ascent)
-        return without_state(value), grads, grad_fn
+        return without_state(value), grads, GradFn(value_and_grad, ascent, inner.partial, inner.form)
 
     return two_pass
 

@@ -225,7 +225,7 @@ def plain_step(loss_fn, tx, average, own=lambda params: params, ascent_steps=1):
 
 
 @pytest.mark.parametrize("ascent_steps", [1, 2])
-def test_the_fast_road_per_device_equals_two_gradients_and_reduces_one(ascent_steps):
+def test_two_pass_gradients_per_device_equal_two_gradients_and_reduces_one(ascent_steps):
     rows = np.arange(4)[:, None, None] >= 2
     rule = fixed_mask({"embed": False, "head": True, "layers": rows})
     tx, params = optimizer(rule, normalize="masked", ascent_steps=ascent_steps), stacked_params()

@@ -316,6 +316,19 @@ def test_a_mask_that_does_not_fit_is_refused():
         ssam_jax.nnx.set_mask(optimizer_of(Perceptron(), ssam_jax.ssam(0.1)), pure_mask(optimizer))
 
 
+def test_keyword_arguments_reach_the_loss_and_modules_among_them_are_updated():
+    def loss(model, x, scale, teacher, half=False):
+        return scale * jnp.sum((model(x) - 2 * teacher(x)) ** 2) / (2 if half else 1)
+
+    model, teacher = Perceptron(), Perceptron()
+    two_pass = ssam_jax.nnx.two_pass_value_and_grad(loss)
+    value, grads, grad_fn = two_pass(model, X, scale=jnp.float32(3), teacher=teacher, half=True)
+    plain = nnx.value_and_grad(loss)(Perceptron(), X, jnp.float32(3), Perceptron(), True)
+    tiny.assert_close((value, nnx.to_pure_dict(grads)), (plain[0], nnx.to_pure_dict(plain[1])))
+    assert teacher.head.calls[...] == 1
+    assert isinstance(grad_fn, ssam_jax.TwoPassGradFn)
+
+
 def test_the_implicit_form_takes_the_mask_of_the_optimizer():
     mask = {"body": {"kernel": np.array(True)}, "head": {"kernel": np.arange(16).reshape(16, 1) % 3 > 0}}
     model, x = Perceptron(), jnp.array(nets.wave(4, 16))

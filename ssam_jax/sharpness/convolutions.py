@@ -7,14 +7,14 @@ convolution inside a loop, whose operands come in another order, takes many time
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 
 from ssam_jax._base import tracing
+from ssam_jax.typing import PyTree
 
 
-def loop_ready(fn: Callable[..., Any]) -> Callable[..., Any]:
+def loop_ready(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """Return ``fn`` with the operands of its convolutions transposed, for use inside a loop on a CPU.
 
     The results are the same. On other backends, which order operands everywhere, it is ``fn`` itself.
@@ -23,7 +23,7 @@ def loop_ready(fn: Callable[..., Any]) -> Callable[..., Any]:
     if jax.default_backend() != "cpu":
         return fn
 
-    def ready(*args: Any) -> Any:
+    def ready(*args: PyTree) -> PyTree:
         traced = tracing.trace(fn, *args)
         arrays = [*jax.tree.leaves(args[0]), *traced.args]
         results = tracing.interpret(traced.jaxpr, traced.consts, arrays, _transpose_convolutions)
@@ -32,7 +32,7 @@ def loop_ready(fn: Callable[..., Any]) -> Callable[..., Any]:
     return ready
 
 
-def _transpose_convolutions(eqn: tracing.Equation, operands: list[Any]) -> Sequence[Any]:
+def _transpose_convolutions(eqn: tracing.Equation, operands: list[tracing.Value]) -> Sequence[tracing.Value]:
     body = tracing.inlined_body(eqn)
     if body is not None:
         return tracing.interpret(body.jaxpr, body.consts, operands, _transpose_convolutions)

@@ -1,36 +1,39 @@
-"""A loss, traced, and what it returns made again from the results of its equations."""
+"""A loss as a traced program, and what it returns rebuilt from the program's results."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ssam_jax._base import checks, tracing
-from ssam_jax.typing import Params
+from ssam_jax.typing import Params, PyTree
 
 
 class TracedLoss(NamedTuple):
-    """A traced loss and how to make its value and aux again.
+    """A traced loss and how to rebuild its value and aux.
 
     Attributes:
-      traced: its equations; the first result is the loss, the others the arrays of aux.
+      traced: its equations; the first result is the loss, the others are the arrays of aux.
       rebuild: from the results to what ``loss_fn`` returns.
     """
 
     traced: tracing.Traced
-    rebuild: Callable[[Sequence[Any]], Any]
+    rebuild: Callable[[Sequence[tracing.Value]], PyTree]
 
 
-def trace_loss(loss_fn: Callable[..., Any], params: Params, *args: Any, has_aux: bool) -> TracedLoss:
-    """Trace ``loss_fn(params, *args)``, or raise unless it returns what it should."""
-    static: list[Any] = []
-    aux: Any = None
+def trace_loss(loss_fn: Callable[..., PyTree], params: Params, *args: PyTree, has_aux: bool) -> TracedLoss:
+    """Trace ``loss_fn(params, *args)``, or raise unless it returns what it should.
 
-    def flat(params: Params, *args: Any) -> list[Any]:
+    Leaves of aux that are not arrays, such as strings, are not traced: `TracedLoss.rebuild` puts them back.
+    """
+    static: list[object] = []
+    aux = jax.tree.structure(())
+
+    def flat(params: Params, *args: PyTree) -> list[jax.Array]:
         nonlocal aux
         value = loss_fn(params, *args)
-        leaves: list[Any] = []
+        leaves: list[PyTree] = []
         if has_aux:
             value, rest = checks.loss_and_aux(value)
             leaves, aux = jax.tree.flatten(rest)
@@ -40,7 +43,7 @@ def trace_loss(loss_fn: Callable[..., Any], params: Params, *args: Any, has_aux:
 
     traced = tracing.trace(flat, params, *args)
 
-    def rebuild(results: Sequence[Any]) -> Any:
+    def rebuild(results: Sequence[tracing.Value]) -> PyTree:
         value, *arrays = results
         if not has_aux:
             return value
@@ -54,5 +57,5 @@ def trace_loss(loss_fn: Callable[..., Any], params: Params, *args: Any, has_aux:
 _ARRAY = object()
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic))

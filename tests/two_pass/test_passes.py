@@ -235,12 +235,12 @@ def keep(grads, active):
     return tree.unflatten(kept)
 
 
-def two_plain_passes(loss, params, point, active, *args):
+def separate_passes(loss, params, point, active, *args):
     value, grads = jax.value_and_grad(loss)(params, *args)
     return value, keep(grads, active), jax.grad(loss)(point, *args)
 
 
-def fast_passes(loss, params, point, active, *args):
+def shared_passes(loss, params, point, active, *args):
     value, grads, grad_fn = two_pass_value_and_grad(loss)(params, *args, active=active)
     return value, grads, grad_fn(point, 0)
 
@@ -267,7 +267,7 @@ def gradient_of(loss):
 def both_ways(loss, active):
     params = make_params()
     point = nearby(params, active)
-    fast = quick_jit(functools.partial(fast_passes, loss), static_argnums=2)(params, point, active, *BATCH)
+    fast = quick_jit(functools.partial(shared_passes, loss), static_argnums=2)(params, point, active, *BATCH)
     value, grads = gradient_of(loss)(params, *BATCH)
     _, descent = gradient_of(loss)(point, *BATCH)
     return fast, (value, keep(grads, active), descent)
@@ -323,15 +323,15 @@ def mlp_params():
 def test_a_step_has_the_products_of_one_gradient_and_those_the_active_leaves_need_again(active, extra):
     params = mlp_params()
     once = products(jax.grad(mlp), params, *BATCH)
-    both = products(functools.partial(fast_passes, mlp), params, params, active, *BATCH, static=2)
+    both = products(functools.partial(shared_passes, mlp), params, params, active, *BATCH, static=2)
     assert (once, both - once) == (14, extra)
 
 
 def test_a_norm_does_not_make_the_forward_pass_happen_twice_as_it_does_when_left_to_the_compiler():
     params, active = mlp_params(), (False, False, True)
     point = nearby(params, active)
-    left = products(functools.partial(two_plain_passes, mlp), params, point, active, *BATCH, static=2)
-    ours = products(functools.partial(fast_passes, mlp), params, point, active, *BATCH, static=2)
+    left = products(functools.partial(separate_passes, mlp), params, point, active, *BATCH, static=2)
+    ours = products(functools.partial(shared_passes, mlp), params, point, active, *BATCH, static=2)
     assert ours < left
 
 
@@ -404,7 +404,7 @@ STACKED = {"body": np.array([False, False, True, True]).reshape(4, 1, 1), "embed
     [{}, {"adaptive": True}, {"ascent_steps": 3}, {"skip_zero_rho": True}],
     ids=["plain", "asam", "three steps", "skip"],
 )
-def test_training_by_the_fast_road_is_training_by_the_plain_one(options):
+def test_training_by_two_pass_gradients_is_training_by_two_gradients(options):
     tx = optax.chain(ssam(0.3, fixed_mask(STACKED), normalize="masked", **options), optax.sgd(0.5))
     fast = train(tx, mlp, None)
     assert_close(fast, train_plainly(tx, mlp))
@@ -500,6 +500,53 @@ def test_arguments_that_are_no_jax_arrays_stay_what_they_are():
     assert_close((value, grads), jax.value_and_grad(loss)(mlp_params(), *BATCH, options))
 
 
+def with_options(params, images, /, labels, *, mask_out=None, scale=1.0, params_too=False):
+    x = images if mask_out is None else images * mask_out["rows"]
+    return scale * mlp(params, x, labels) + (jnp.sum(params["head"] ** 2) if params_too else 0.0)
+
+
+def test_keyword_arguments_reach_the_loss_as_they_do_under_value_and_grad():
+    images, labels = BATCH
+    options = {"mask_out": {"rows": jnp.arange(6.0)[:, None]}, "scale": jnp.float32(2), "params_too": True}
+    params = mlp_params()
+    point = nearby(params, LAST_ROWS_AND_HEAD)
+
+    @quick_jit
+    def passes(params, images, labels, arrays):
+        two_pass = two_pass_value_and_grad(with_options)
+        value, grads, grad_fn = two_pass(
+            params, images, labels=labels, active=LAST_ROWS_AND_HEAD, **arrays, params_too=True
+        )
+        return value, grads, grad_fn(point, 0)
+
+    arrays = {name: options[name] for name in ("mask_out", "scale")}
+    plain = jax.value_and_grad(with_options)
+    value, grads = plain(params, images, labels=labels, **options)
+    expected = value, keep(grads, LAST_ROWS_AND_HEAD), plain(point, images, labels=labels, **options)[1]
+    assert_equal_to_rounding(passes(params, images, labels, arrays), expected)
+
+
+def test_keyword_arguments_reach_a_loss_with_side_effects_too():
+    def loss(params, x, *, labels):
+        return printing(params, x, labels)
+
+    with pytest.warns(UserWarning, match="side effect"):
+        value, grads, _ = two_pass_value_and_grad(loss)(mlp_params(), x=BATCH[0], labels=BATCH[1])
+    assert_close((value, grads), jax.value_and_grad(mlp)(mlp_params(), *BATCH))
+
+
+def test_a_loss_has_any_names_but_those_of_the_two_passes():
+    """Such as names that the library uses inside."""
+
+    def loss(weights, *, params, args, has_aux):
+        return jnp.sum(weights * params) * (args if has_aux else 0)
+
+    value, grads, _ = two_pass_value_and_grad(loss)(
+        jnp.ones(3), params=jnp.arange(3.0), args=2.0, has_aux=True
+    )
+    assert_same((value, grads), (jnp.float32(6), 2 * jnp.arange(3.0)))
+
+
 def test_it_works_under_vmap():
     params = mlp_params()
     stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
@@ -547,7 +594,7 @@ def test_it_works_in_shard_map_with_collectives_in_the_loss():
         specs = {"mesh": mesh, "in_specs": (spec, spec), "out_specs": jax.sharding.PartitionSpec()}
         return quick_jit(jax.shard_map(local, **specs))(*BATCH)
 
-    assert_equal_to_rounding(run(fast_passes), run(two_plain_passes))
+    assert_equal_to_rounding(run(shared_passes), run(separate_passes))
 
 
 def printing(params, images, labels):
@@ -555,16 +602,16 @@ def printing(params, images, labels):
     return mlp(params, images, labels)
 
 
-def test_a_side_effect_takes_the_plain_road_with_a_warning_that_says_where(capfd):
+def test_a_side_effect_takes_two_complete_passes_with_a_warning_that_says_where(capfd):
     params, active = mlp_params(), (FirstRow(2), False, True)
-    with pytest.warns(UserWarning, match=r"debug_\w+ at .*test_two_pass.py.*printing"):
-        actual = fast_passes(printing, params, params, active, *BATCH)
+    with pytest.warns(UserWarning, match=r"debug_\w+ at .*test_passes.py.*printing"):
+        actual = shared_passes(printing, params, params, active, *BATCH)
     jax.effects_barrier()
     assert len(capfd.readouterr().out.splitlines()) == 2
-    assert_equal_to_rounding(actual, two_plain_passes(mlp, params, params, active, *BATCH))
+    assert_equal_to_rounding(actual, separate_passes(mlp, params, params, active, *BATCH))
 
 
-def test_a_ref_takes_the_plain_road_too():
+def test_a_ref_takes_two_complete_passes_too():
     if not hasattr(jax, "new_ref"):
         pytest.skip("this jax has no refs")
 
@@ -575,8 +622,8 @@ def test_a_ref_takes_the_plain_road_too():
 
     params, active = mlp_params(), (False, False, True)
     with pytest.warns(UserWarning, match="side effect"):
-        actual = fast_passes(loss, params, params, active, *BATCH)
-    assert_equal_to_rounding(actual, two_plain_passes(mlp, params, params, active, *BATCH))
+        actual = shared_passes(loss, params, params, active, *BATCH)
+    assert_equal_to_rounding(actual, separate_passes(mlp, params, params, active, *BATCH))
 
 
 def test_a_pure_callback_before_the_active_leaves_is_called_once():
@@ -591,7 +638,7 @@ def test_a_pure_callback_before_the_active_leaves_is_called_once():
         return mlp(params, images, labels)
 
     params = mlp_params()
-    passes = jax.jit(functools.partial(fast_passes, loss), static_argnums=2)
+    passes = jax.jit(functools.partial(shared_passes, loss), static_argnums=2)
     jax.block_until_ready(passes(params, params, (False, False, True), *BATCH))
     assert len(calls) == 1
 
@@ -616,9 +663,9 @@ def test_an_active_that_does_not_fit_is_refused_by_name(error, match, active):
 def test_active_may_be_a_tree_or_numpy_bools_or_plain_rows():
     params = mlp_params()
     point = nearby(params, (FirstRow(2), False, True))
-    expected = fast_passes(mlp, params, point, (FirstRow(2), False, True), *BATCH)
+    expected = shared_passes(mlp, params, point, (FirstRow(2), False, True), *BATCH)
     for active in ({"body": 2, "embed": False, "head": True}, [np.int64(2), np.False_, np.True_]):
-        assert_same(fast_passes(mlp, params, point, active, *BATCH), expected)
+        assert_same(shared_passes(mlp, params, point, active, *BATCH), expected)
 
 
 @pytest.mark.parametrize(
@@ -665,7 +712,7 @@ def test_what_is_not_finite_stays_what_it_is():
     args = (params, params, (False, False, True), images, BATCH[1])
     actual, expected = (
         quick_jit(functools.partial(passes, mlp), static_argnums=2)(*args)
-        for passes in (fast_passes, two_plain_passes)
+        for passes in (shared_passes, separate_passes)
     )
     assert jnp.isnan(actual[0])
     chex.assert_trees_all_close(actual, expected, rtol=1e-5)
@@ -685,7 +732,7 @@ def test_the_gradient_function_is_documented_and_says_what_it_is():
         chex.assert_trees_all_equal_shapes_and_dtypes(grad_fn.ascent(params, 0), params)
 
 
-def test_unstructured_masks_go_with_the_fast_road_too():
+def test_unstructured_masks_go_with_two_pass_gradients_too():
     rule = fixed_mask(Unstructured(0.5)(jax.tree.map(jnp.abs, mlp_params())))
     tx = optax.chain(ssam(0.3, rule), optax.sgd(0.5))
     assert_close(train(tx, mlp, (True, True, True)), train_plainly(tx, mlp))
@@ -734,7 +781,7 @@ def test_a_mask_by_row_known_while_compiling_equals_the_same_as_arrays():
     assert_equal_to_rounding(actual, expected)
 
 
-def test_a_side_effect_takes_the_plain_road_in_the_implicit_form_too():
+def test_a_side_effect_takes_two_complete_passes_in_the_implicit_form_too():
     expected = implicit(mlp, LAST_ROWS_AND_HEAD, MASK)
     with pytest.warns(UserWarning, match="side effect"):
         actual = implicit(printing, LAST_ROWS_AND_HEAD, MASK)
@@ -886,9 +933,9 @@ def test_a_checkpoint_with_a_choice_for_each_operand_is_cut_too():
 
     params, active = mlp_params(), (False, False, True)
     args = (params, nearby(params, active), active, *BATCH)
-    expected = quick_jit(functools.partial(two_plain_passes, loss), static_argnums=2)(*args)
+    expected = quick_jit(functools.partial(separate_passes, loss), static_argnums=2)(*args)
     assert_equal_to_rounding(
-        quick_jit(functools.partial(fast_passes, loss), static_argnums=2)(*args), expected
+        quick_jit(functools.partial(shared_passes, loss), static_argnums=2)(*args), expected
     )
 
 

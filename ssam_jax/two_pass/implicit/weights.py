@@ -8,13 +8,16 @@ it needs the equations and the facts, no values. The rules, for one equation:
 - A view (a cast, a transpose, a slice, a concatenation, a choice between parts, a multiplication by what
   depends on no parameter) shows the same weight: its mask is followed.
 - Any other function of parameters alone is still a weight, but its mask is lost. That is harmless unless
-  it comes to a contraction.
+  it reaches a contraction.
 - A contraction makes an activation. So does adding a weight that was broadcast or looked up, as a bias or
-  an embedding is, and multiplying by a vector that was broadcast, as the scale of a normalisation is.
+  an embedding is, and multiplying by a vector that was broadcast, as the scale of a normalization is.
 - Any other mixture of a weight and an activation is either of the two, with the mask lost.
+- Where no gradient flows, there is nothing to mask. What an equation without a derivative returns, such as
+  a comparison or ``stop_gradient``, reaches no parameter.
 
-What looked up or broadcast parameters are, the contraction tells: beside a plain weight they are its
-input (tokens, learned queries), beside an activation they are its weight (the experts of a mixture).
+The contraction decides what looked-up or broadcast parameters are: multiplied with a plain weight they are
+its input (tokens, learned queries), multiplied with an activation they are its weight (the experts of a
+mixture).
 """
 
 import dataclasses
@@ -22,13 +25,15 @@ import enum
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ssam_jax._base import tracing
+from ssam_jax.two_pass import primitives
+from ssam_jax.two_pass.primitives import Trait
 
 
 class Role(enum.IntEnum):
@@ -49,14 +54,13 @@ class Fact:
     """What is known of a value that depends on parameters: a pytree whose one leaf is the mask.
 
     Attributes:
-      role: weight, activation or what cannot be told yet.
-      reached: the paths of the parameters that it depends on.
-      live: those of them to which its gradient flows; from the others every path is cut by a mask that is
-        False throughout.
+      role: weight, activation or not known yet.
+      reached: the paths of the parameters to which a gradient would flow without masks.
+      live: those of them to which one does; on every way to the others is a mask that is all False.
       path: a parameter with a mask that the value is a function of, as a weight; None if there is none.
       mask: bool array that broadcasts against the value, True where it is kept; None if there is no mask,
         if ``zero`` or ``lost``, and wherever facts are passed on without values.
-      zero: whether the mask is known to be False throughout.
+      zero: whether the mask is known to be all False.
       lost: the equation, and where it stands, that made the mask impossible to follow; None if followed.
       bias: whether the value has been broadcast from a vector or a number.
     """
@@ -65,7 +69,7 @@ class Fact:
     reached: frozenset[str]
     live: frozenset[str]
     path: str | None = None
-    mask: Any = None
+    mask: tracing.Value = None
     zero: bool = False
     lost: str | None = None
     bias: bool = False
@@ -79,50 +83,14 @@ class Fact:
 Facts: TypeAlias = Sequence[Fact | None]
 
 
-def _names(names: str) -> frozenset[str]:
-    return frozenset(names.split())
-
-
-CONTRACTIONS = _names("dot_general conv_general_dilated ragged_dot_general")
-"""Products of the first two operands."""
-
-CHECKPOINTS = _names("remat2 checkpoint")
-
-SAME = _names(
-    "convert_element_type reduce_precision copy copy_p neg stop_gradient name device_put sharding_constraint"
-    " optimization_barrier pvary pcast"
-)
-"""Views that leave every entry in its place."""
-
-MOVES = _names(
-    "transpose reshape broadcast_in_dim squeeze expand_dims slice dynamic_slice dynamic_update_slice rev"
-    " split gather concatenate select_n pad all_gather"
-)
-"""Views that move entries or choose among them: what they do to the values, they do to the masks."""
-
-ELEMENTWISE = _names("add add_any sub mul div max min rem pow atan2 nextafter select_n clamp complex")
-"""Equations that may broadcast an operand, and mix its entries with those of another."""
-
-JOINS = _names("add add_any sub concatenate")
-"""Where a weight that was broadcast or looked up becomes part of an activation."""
-
-HARMLESS = _names(
-    "scatter scatter_add scatter_mul scatter_min scatter_max sort psum psum_invariant psum2 igamma igammac"
-    " random_gamma_grad zeta polygamma regularized_incomplete_beta"
-)
-"""Other equations of several operands that are no products."""
-
-NO_PRODUCTS = SAME | MOVES | ELEMENTWISE | HARMLESS
-
-
-def weight_fact(path: str, mask: Any = True) -> Fact:
+def weight_fact(path: str, mask: bool | np.ndarray | jax.Array = True) -> Fact:
     """Return the fact about a parameter itself.
 
     Args:
       path: names the parameter in messages.
       mask: a bool, or a bool array that broadcasts against the parameter: True for the entries that stay
-        in the backward pass. If its values are known while tracing, True throughout is no mask, and False
-        throughout lets the compiler drop the product. Those of a traced array are not known.
+        in the backward pass. If its values are known while tracing, all True is no mask, and all False lets
+        the compiler drop the product. Those of a traced array are not known.
 
     Raises:
       TypeError: the mask is not of dtype bool.
@@ -139,8 +107,8 @@ def weight_fact(path: str, mask: Any = True) -> Fact:
     return dataclasses.replace(fact, mask=jnp.asarray(mask))
 
 
-def cut_leaves(fact: Fact | None) -> list[str]:
-    """Return the parameters whose gradient is zero because masks cut every path to them, sorted.
+def without_gradient(fact: Fact | None) -> list[str]:
+    """Return the parameters whose gradient is zero because of the masks on every way to them, sorted.
 
     Args:
       fact: about the loss.
@@ -154,10 +122,10 @@ def flow(jaxpr: tracing.Equations, facts: Facts, masked: bool) -> list[Fact | No
     Args:
       jaxpr: equations.
       facts: one for each of the ``invars``, or None.
-      masked: whether contractions are masked. If not, nothing is cut.
+      masked: whether contractions are masked. If not, all that is reached is live.
     """
 
-    def rule(eqn: tracing.Equation, operands: list[Any]) -> list[Fact | None]:
+    def rule(eqn: tracing.Equation, operands: list[Fact | None]) -> list[Fact | None]:
         return passed_on(eqn, [x if isinstance(x, Fact) else None for x in operands], masked)
 
     outcome = tracing.interpret(jaxpr, [None] * len(jaxpr.constvars), facts, rule)
@@ -174,7 +142,7 @@ def passed_on(eqn: tracing.Equation, facts: Facts, masked: bool) -> list[Fact | 
         results: Facts = [_activation(known) if known else None] * len(eqn.outvars)
     elif body is not None:
         results = flow(body.jaxpr, facts, masked)
-    elif name in CHECKPOINTS:
+    elif primitives.has(eqn, Trait.CHECKPOINT):
         results = [_lost(fact, eqn) for fact in flow(eqn.params["jaxpr"], facts, masked)]
     elif name == "cond":
         branches = [flow(branch.jaxpr, facts[1:], masked) for branch in eqn.params["branches"]]
@@ -185,10 +153,12 @@ def passed_on(eqn: tracing.Equation, facts: Facts, masked: bool) -> list[Fact | 
         results = facts
     elif is_view(eqn, facts):
         results = [_viewed(eqn, facts)] * len(eqn.outvars)
-    elif may_contract(eqn):
+    elif primitives.may_multiply(eqn):
         results = [_product(eqn, facts, masked)] * len(eqn.outvars)
     else:
         results = [_mixed(eqn, facts)] * len(eqn.outvars)
+    if primitives.has(eqn, Trait.CONSTANT):
+        results = list(map(_detached, results))
     return [
         _without_mask(fact) if tracing.is_inexact(var) else None for fact, var in zip(results, eqn.outvars)
     ]
@@ -219,23 +189,13 @@ def is_view(eqn: tracing.Equation, facts: Facts) -> bool:
     if any(fact.role is Role.ACTIVATION or (fact.path and fact.lost) for fact in known):
         return False
     scaled = len(known) == 1 and (name == "mul" or (name == "div" and facts[0] is not None))
-    if not (scaled or name in MOVES):
-        return name in SAME
+    if not (scaled or primitives.has(eqn, Trait.MOVES)):
+        return primitives.has(eqn, Trait.VIEW)
     return not (_has_data(eqn, facts) and any(_joins(eqn, fact) for fact in _spread(eqn, facts)))
 
 
-def may_contract(eqn: tracing.Equation) -> bool:
-    """Whether the equation, or one inside it, is a product, or is unknown and might be one."""
-    inner = list(tracing.bodies(eqn))
-    if inner:
-        return any(may_contract(other) for body in inner for other in body.eqns)
-    name = eqn.primitive.name
-    operands = [atom for atom in eqn.invars if tracing.is_inexact(atom) and _shape(atom) != ()]
-    return name in CONTRACTIONS or (name not in NO_PRODUCTS and len(operands) > 1)
-
-
 def weight_side(facts: Facts) -> tuple[int | None, str | None]:
-    """Tell which operand of a contraction is the weight that is to be masked.
+    """Return which operand of a contraction is the weight to mask.
 
     Args:
       facts: about its first two operands.
@@ -244,7 +204,7 @@ def weight_side(facts: Facts) -> tuple[int | None, str | None]:
       0 or 1, or None for neither; and, if there is a mask but it cannot be used, whose and why.
     """
     left, right = facts[:2]
-    if left is None or right is None:
+    if left is None or right is None or not (left.reached or right.reached):
         return None, None
     role = min(left.role, right.role)
     sides = [i for i, fact in enumerate((left, right)) if fact.role is role and fact.path]
@@ -254,16 +214,26 @@ def weight_side(facts: Facts) -> tuple[int | None, str | None]:
         if role is Role.PARAMETER and left.path == right.path:  # a norm or a Gram matrix
             return None, None
         return None, f"{left.path!r} is multiplied with {right.path!r}, which has a mask too"
-    weight = (left, right)[sides[0]]
+    weight, other = (left, right) if sides == [0] else (right, left)
+    if not other.reached:  # no gradient flows to it, with or without the mask
+        return None, None
     if weight.lost:
         return None, f"the mask of {weight.path!r} cannot be followed through {weight.lost}"
     return sides[0], None
 
 
+def hidden_product(facts: Facts) -> str | None:
+    """Return why masks cannot be used inside an equation that cannot be opened; None if none is needed."""
+    if not any(fact.reached for fact in facts if fact):
+        return None
+    paths = sorted({fact.path for fact in facts if fact and fact.path})
+    return f"the products in it cannot use the mask of {', '.join(map(repr, paths))}"
+
+
 def _viewed(eqn: tracing.Equation, facts: Facts) -> Fact:
     """Return the fact about a view."""
     parts = [fact for fact, atom in zip(facts, eqn.invars) if fact or tracing.is_inexact(atom)]
-    moved = eqn.primitive.name in MOVES
+    moved = primitives.has(eqn, Trait.MOVES)
     zero = all(fact.zero if fact else not moved for fact in parts)
     fact = dataclasses.replace(_weight(_spread(eqn, facts)), zero=zero)
     return dataclasses.replace(fact, role=Role.EITHER) if eqn.primitive.name == "gather" else fact
@@ -273,10 +243,10 @@ def _product(eqn: tracing.Equation, facts: Facts, masked: bool) -> Fact:
     """Return the fact about a product, or about the result of an equation that may contain one."""
     known = [fact for fact in facts if fact]
     if all(fact.role is Role.PARAMETER for fact in known) and not _has_data(eqn, facts):
-        product = _weight(known, lost=describe(eqn))
+        product = _weight(known, lost=tracing.describe(eqn))
     else:
         product = _activation(known)
-    side, _ = weight_side(facts) if eqn.primitive.name in CONTRACTIONS else (None, None)
+    side, _ = weight_side(facts) if primitives.has(eqn, Trait.CONTRACTION) else (None, None)
     weight = None if side is None else facts[side]
     if masked and weight is not None and weight.zero:
         return dataclasses.replace(product, live=weight.live)
@@ -290,10 +260,10 @@ def _mixed(eqn: tracing.Equation, facts: Facts) -> Fact:
     with_activation = len(weights) < len(known)
     apart = [fact for fact in weights if not _joins(eqn, fact)]
     if not with_activation and (apart or not _has_data(eqn, facts)):
-        return _weight(known, lost=describe(eqn))
-    if with_activation and eqn.primitive.name == "concatenate":  # a class token, say
+        return _weight(known, lost=tracing.describe(eqn))
+    if with_activation and eqn.primitive.name == "concatenate":  # such as a class token
         apart = []
-    return _blend(known, [fact for fact in apart if fact.path], lost=describe(eqn))
+    return _blend(known, [fact for fact in apart if fact.path], lost=tracing.describe(eqn))
 
 
 def _any_of(eqn: tracing.Equation, facts: Facts) -> Fact | None:
@@ -335,13 +305,13 @@ def _blend(known: Sequence[Fact], apart: Sequence[Fact], lost: str | None = None
 
 def _joins(eqn: tracing.Equation, fact: Fact) -> bool:
     """Whether a weight becomes part of the activation that the equation mixes it with."""
-    return fact.bias or (eqn.primitive.name in JOINS and fact.role is Role.EITHER)
+    return fact.bias or (primitives.has(eqn, Trait.JOINS) and fact.role is Role.EITHER)
 
 
 def _has_data(eqn: tracing.Equation, facts: Facts) -> bool:
     """Whether an operand that depends on no parameter could be a layer's input: no mere number."""
     return any(
-        fact is None and _shape(atom) != () and tracing.is_inexact(atom)
+        fact is None and tracing.shape(atom) != () and tracing.is_inexact(atom)
         for fact, atom in zip(facts, eqn.invars)
     )
 
@@ -352,10 +322,10 @@ def _spread(eqn: tracing.Equation, facts: Facts) -> list[Fact]:
     A vector, of at most one dimension larger than 1, becomes a ``bias`` then; also where it goes into
     something opaque, as the scale does of a normalisation with a derivative rule of its own.
     """
-    size = math.prod(_shape(eqn.outvars[0]))
-    broadcasts = eqn.primitive.name in ELEMENTWISE or eqn.primitive.name == "broadcast_in_dim"
+    size = math.prod(tracing.shape(eqn.outvars[0]))
+    broadcasts = primitives.has(eqn, Trait.ELEMENTWISE) or eqn.primitive.name == "broadcast_in_dim"
     spread = []
-    for fact, shape in ((fact, _shape(atom)) for fact, atom in zip(facts, eqn.invars) if fact):
+    for fact, shape in ((fact, tracing.shape(atom)) for fact, atom in zip(facts, eqn.invars) if fact):
         vector = sum(n > 1 for n in shape) < 2
         if broadcasts and size > math.prod(shape):
             fact = dataclasses.replace(fact, role=max(fact.role, Role.EITHER), bias=fact.bias or vector)
@@ -365,8 +335,11 @@ def _spread(eqn: tracing.Equation, facts: Facts) -> list[Fact]:
     return spread
 
 
-def _shape(atom: Any) -> tuple[int, ...]:
-    return atom.aval.shape
+def _detached(fact: Fact | None) -> Fact | None:
+    """Return the fact about a value through which no gradient flows."""
+    if fact is None or fact.role is Role.ACTIVATION:
+        return None
+    return dataclasses.replace(fact, reached=frozenset(), live=frozenset())
 
 
 def _without_mask(fact: Fact | None) -> Fact | None:
@@ -377,9 +350,4 @@ def _lost(fact: Fact | None, eqn: tracing.Equation) -> Fact | None:
     """Return the fact with its mask given up, if it has one."""
     if fact is None or not fact.followed:
         return _without_mask(fact)
-    return dataclasses.replace(fact, mask=None, zero=False, lost=describe(eqn))
-
-
-def describe(eqn: tracing.Equation) -> str:
-    """Return the name of an equation and where it stands."""
-    return " at ".join(filter(None, [eqn.primitive.name, tracing.position(eqn)]))
+    return dataclasses.replace(fact, mask=None, zero=False, lost=tracing.describe(eqn))

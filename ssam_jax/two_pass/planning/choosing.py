@@ -15,9 +15,10 @@ import numpy as np
 
 from ssam_jax._base import checks, tracing, trees
 from ssam_jax.two_pass import loss as losses
-from ssam_jax.two_pass import splitting
+from ssam_jax.two_pass import primitives, splitting
 from ssam_jax.two_pass.active import Active, FirstRow, check_active
 from ssam_jax.two_pass.planning import costs, knapsack, products
+from ssam_jax.two_pass.primitives import Trait
 from ssam_jax.typing import Params
 
 
@@ -199,7 +200,7 @@ def _size(jaxpr: tracing.Equations) -> tuple[int, float]:
     equations, moved = 0, 0.0
     for eqn in jaxpr.eqns:
         inner = [_size(body) for body in tracing.bodies(eqn)]
-        if inner and eqn.primitive.name not in products.CUSTOM:
+        if inner and not primitives.has(eqn, Trait.CUSTOM_RULE):
             equations += sum(size[0] for size in inner)
             moved += eqn.params.get("length", 1) * max(size[1] for size in inner)
         else:
@@ -218,9 +219,9 @@ def _unsplit(halves: splitting.Halves) -> list[str]:
     found = []
     for eqn in halves.suffix.eqns:
         mixed = any(not tracing.is_literal(atom) and atom in known for atom in eqn.invars)
-        split = tracing.inlined_body(eqn) is not None or eqn.primitive.name in splitting.CHECKPOINT
+        split = tracing.inlined_body(eqn) is not None or primitives.has(eqn, Trait.CHECKPOINT)
         if mixed and not split and any(map(products.forward_flops, tracing.bodies(eqn))):
-            found.append(products.described(eqn))
+            found.append(tracing.describe(eqn))
     return found
 
 

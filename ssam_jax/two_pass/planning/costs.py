@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ssam_jax._base import tracing
-from ssam_jax.two_pass import splitting
 from ssam_jax.two_pass.active import Active, FirstRow
 from ssam_jax.two_pass.planning import products
+from ssam_jax.two_pass.rows import params_for_rows
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def count(traced: tracing.Traced) -> Costs:
     program = products.compile_equations(traced.jaxpr)
     leaves = len(traced.jaxpr.invars) - len(traced.args)
     stacked = _stacked(program, leaves)
-    shapes = map(products.shape, traced.jaxpr.invars[:leaves])
+    shapes = map(tracing.shape, traced.jaxpr.invars[:leaves])
     rows = tuple(shape[0] if i in stacked else 1 for i, shape in enumerate(shapes))
     walk = _Walk()
     values, offset = [], 0
@@ -469,10 +469,10 @@ def _stacked(program: products.Program, leaves: int) -> set[int]:
 
 def _keeps_rows(eqn: tracing.Equation) -> bool:
     """Whether an equation may be computed on some rows of its operands."""
-    return splitting.params_for_rows(eqn, 1) is not None
+    return params_for_rows(eqn, 1) is not None
 
 
 def _is_row(eqn: tracing.Equation) -> bool:
     """Whether an equation takes one row of a stack of a size that layers come in."""
     start, limit = eqn.params["start_indices"][0], eqn.params["limit_indices"][0]
-    return limit - start == 1 < products.shape(eqn.invars[0])[0] <= 1024
+    return limit - start == 1 < tracing.shape(eqn.invars[0])[0] <= 1024

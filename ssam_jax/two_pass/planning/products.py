@@ -10,27 +10,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from ssam_jax._base import tracing
-from ssam_jax.two_pass import splitting
-
-# fmt: off
-LINEAR = frozenset({
-    "add", "add_any", "all_gather", "all_to_all", "broadcast_in_dim", "concatenate", "convert_element_type",
-    "copy", "copy_p", "cumsum", "device_put", "dynamic_slice", "dynamic_update_slice", "expand_dims",
-    "gather", "imag", "name", "neg", "optimization_barrier", "pad", "pbroadcast", "pcast", "ppermute",
-    "psum", "psum2", "psum_invariant", "psum_scatter", "pvary", "real", "reduce_precision",
-    "reduce_scatter", "reduce_sum", "reduce_window_sum", "reshape", "rev", "scatter-add", "scatter_add",
-    "select_n", "sharding_constraint", "slice", "split", "squeeze", "sub", "transpose",
-})
-# fmt: on
-"""Primitives whose derivative needs none of the values that gradients flow through."""
-
-PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot", "mul")
-CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-UNKNOWN = ("pallas_call", "ffi_call", "custom_call", "pure_callback", "io_callback")
+from ssam_jax.two_pass import primitives
+from ssam_jax.two_pass.primitives import Trait
 
 
 class Node(NamedTuple):
@@ -117,11 +101,11 @@ def _node(
     name, params = eqn.primitive.name, eqn.params
     inner = functools.partial(compile_equations, inside_shards=inside_shards)
     kind, body, times = "nonlinear", None, 1.0
-    if name in PRODUCTS:
+    if primitives.has(eqn, Trait.BILINEAR):
         kind = "product"
-    elif name in LINEAR or name in splitting.CONSTANT:
+    elif primitives.has(eqn, Trait.LINEAR | Trait.CONSTANT):
         kind = "linear"
-    elif name in splitting.CHECKPOINT:
+    elif primitives.has(eqn, Trait.CHECKPOINT):
         kind, body = "checkpoint", inner(params["jaxpr"])
     elif name == "scan":
         kind, body, times = "scan", inner(params["jaxpr"].jaxpr), params["length"]
@@ -131,7 +115,7 @@ def _node(
     elif name == "while":
         kind, body = "block", inner(params["body_jaxpr"].jaxpr)
         ins = (*ins[params["cond_nconsts"] :], *ins[: params["cond_nconsts"]])
-    elif name in ("jit", "pjit"):
+    elif tracing.is_jit(eqn):
         kind, body = "block", inner(params["jaxpr"].jaxpr)
     elif name == "shard_map":
         kind, body, times = (
@@ -139,41 +123,21 @@ def _node(
             compile_equations(params["jaxpr"], inside_shards=True),
             params["mesh"].size,
         )
-    elif name in CUSTOM:
+    elif primitives.has(eqn, Trait.CUSTOM_RULE):
         call = inner(next(tracing.bodies(eqn)))
         if inside_shards:
             kind, body = "block", call
         elif call.flops or name != "custom_jvp_call":
             kind, body = "custom", _differentiated(eqn)
-    inexact = tuple(name not in splitting.CONSTANT and tracing.is_inexact(var) for var in eqn.outvars)
+    constant = primitives.has(eqn, Trait.CONSTANT)
+    inexact = tuple(not constant and tracing.is_inexact(var) for var in eqn.outvars)
     return Node(kind, ins, outs, inexact, _flops(eqn), body, float(times), late, eqn)
 
 
 def _differentiated(eqn: tracing.Equation) -> Program:
     """Return the program of operands and cotangents that computes results and the operands' cotangents."""
-    float_in, float_out = (list(map(tracing.is_inexact, vs)) for vs in (eqn.invars, eqn.outvars))
-
-    def program(operands: list[Any], cotangents: list[Any]) -> list[Any]:
-        def call(*inexact: Any) -> tuple[list[Any], list[Any]]:
-            given = iter(inexact)
-            results = tracing.apply(eqn, [next(given) if f else x for f, x in zip(float_in, operands)])
-            return [r for r, f in zip(results, float_out) if f], results
-
-        _, pull, results = jax.vjp(call, *(x for x, f in zip(operands, float_in) if f), has_aux=True)
-        return [*results, *pull([c for c, f in zip(cotangents, float_out) if f])]
-
-    operands, results = ([_abstract(var) for var in vs] for vs in (eqn.invars, eqn.outvars))
-    jaxpr, _ = tracing.retrace(program, operands, results)
-    return compile_equations(jaxpr, late=jaxpr.invars[len(operands) :])
-
-
-def _abstract(atom: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
-
-
-def shape(atom: Any) -> tuple[int, ...]:
-    """Return the shape of a variable or a literal."""
-    return atom.aval.shape
+    jaxpr = primitives.differentiated(eqn)
+    return compile_equations(jaxpr, late=jaxpr.invars[len(eqn.invars) :])
 
 
 def _flops(eqn: tracing.Equation) -> float:
@@ -181,10 +145,10 @@ def _flops(eqn: tracing.Equation) -> float:
     match eqn.primitive.name:
         case "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            lhs = shape(eqn.invars[0])
-            return 2.0 * math.prod(shape(eqn.outvars[0])) * math.prod(lhs[i] for i in contracted)
+            lhs = tracing.shape(eqn.invars[0])
+            return 2.0 * math.prod(tracing.shape(eqn.outvars[0])) * math.prod(lhs[i] for i in contracted)
         case "ragged_dot" | "ragged_dot_general":
-            return 2.0 * math.prod(shape(eqn.invars[0])) * shape(eqn.outvars[0])[-1]
+            return 2.0 * math.prod(tracing.shape(eqn.invars[0])) * tracing.shape(eqn.outvars[0])[-1]
         case "conv_general_dilated":
             return _convolution_flops(eqn)
     return 0.0
@@ -194,7 +158,7 @@ def _convolution_flops(eqn: tracing.Equation) -> float:
     """Count the multiply-adds of a convolution on data, not on padding and not between the strides."""
     params = eqn.params
     lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
-    lhs, rhs, out = map(shape, (*eqn.invars[:2], eqn.outvars[0]))
+    lhs, rhs, out = map(tracing.shape, (*eqn.invars[:2], eqn.outvars[0]))
     total = 2.0 * lhs[lhs_spec[0]] * rhs[rhs_spec[0]] * rhs[rhs_spec[1]] / params["batch_group_count"]
     windows = zip(params["window_strides"], params["padding"], params["lhs_dilation"], params["rhs_dilation"])
     for i, (stride, (low, _), lhs_dilation, rhs_dilation) in enumerate(windows, start=2):
@@ -216,12 +180,7 @@ def opaque(program: Program) -> list[str]:
     for node in program.nodes:
         name, inner = node.eqn.primitive.name, [] if node.body is None else opaque(node.body)
         hidden = node.body is None and any(map(forward_flops, tracing.bodies(node.eqn)))
-        if name in UNKNOWN or hidden or (name == "while" and node.body.flops):
-            found.append(described(node.eqn))
+        if primitives.has(node.eqn, Trait.OPAQUE) or hidden or (name == "while" and node.body.flops):
+            found.append(tracing.describe(node.eqn))
         found += inner
     return found
-
-
-def described(eqn: tracing.Equation) -> str:
-    """Return the name of an equation and, if it is known, where it was traced."""
-    return " at ".join(filter(None, [eqn.primitive.name, tracing.position(eqn)]))

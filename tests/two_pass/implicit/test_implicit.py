@@ -15,7 +15,7 @@ from tiny import assert_close, assert_same
 
 import ssam_jax
 from ssam_jax._base import tracing, trees
-from ssam_jax.two_pass.implicit import implicit, weights
+from ssam_jax.two_pass.implicit import backward, weights
 
 
 def implicit_grad(loss, masks, strict=True):
@@ -34,7 +34,7 @@ def implicit_value_and_grad(loss, masks, strict=True):
         def value(leaves):
             values = [*leaves, *traced.args]
             options = {"masked": True, "strict": strict}
-            return implicit.masked_evaluate(traced.jaxpr, traced.consts, values, facts, **options)[0][0]
+            return backward.masked_evaluate(traced.jaxpr, traced.consts, values, facts, **options)[0][0]
 
         found, grads = jax.value_and_grad(value)(leaves)
         return found, jax.tree.unflatten(tree, grads)
@@ -47,7 +47,7 @@ def cut(loss, params, masks, *args):
     traced = tracing.trace(loss, params, *args)
     facts = list(map(weights.weight_fact, trees.leaf_paths(params), jax.tree.leaves(masks)))
     facts += [None] * len(traced.args)
-    return weights.cut_leaves(weights.flow(traced.jaxpr, facts, masked=True)[0])
+    return weights.without_gradient(weights.flow(traced.jaxpr, facts, masked=True)[0])
 
 
 def normal(seed, *shape):
@@ -571,6 +571,56 @@ def test_cuts_are_found_inside_loops_and_branches():
     assert cut(loss, params, everything | {"out": False}, normal(4, 3, 4)) == ["in", "stack"]
 
 
+# Where no gradient flows, there is nothing to mask.
+
+
+def compared(p, h):
+    return jnp.where(h > p["w"][:3], h, 0) @ p["v"]
+
+
+def counted(p, h):
+    hits = sum(f(h, p["w"][:3]).astype(jnp.float32) for f in (jnp.less, jnp.equal, jnp.greater_equal))
+    return (h * hits) @ p["v"]
+
+
+def searched(p, h):
+    return (h * jnp.searchsorted(jnp.sort(p["w"][0]), h)) @ p["v"]
+
+
+def looked_ahead(p, h):
+    guess = jax.lax.stop_gradient(h) @ (p["w"] - jnp.mean(p["w"]))
+    return (h * jnp.tanh(guess)) @ p["v"]
+
+
+def called_back(p, h):
+    inputs = jax.lax.stop_gradient((h, p["w"]))
+    found = jax.pure_callback(np.matmul, jax.ShapeDtypeStruct(h.shape, h.dtype), *inputs)
+    return (h * found) @ p["v"]
+
+
+def looped(p, h):
+    def grow(n):
+        return n + 1
+
+    steps = jax.lax.while_loop(lambda n: n < jnp.sum(h @ p["w"]) * 0 + 3, grow, 0)
+    return h * steps.astype(jnp.float32) @ p["v"]
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
+@pytest.mark.parametrize("model", [compared, counted, searched, looked_ahead, called_back, looped])
+def test_what_sends_no_gradient_has_nothing_to_mask(model):
+    params, masks, x, loss = out_of_sight(model)
+
+    def by_hand_loss(p, x):
+        mean, swap = jnp.mean, {"v": jnp.eye(4)}
+        activations = model({**p, **swap}, jnp.tanh(x @ p["e"]))
+        return mean(jnp.square(by_hand("bi,io->bo", activations, p["v"], masks["v"])))
+
+    grads = jax.jit(implicit_grad(loss, masks))(params, x)
+    assert_close(grads, jax.jit(jax.grad(by_hand_loss))(params, x), rtol=1e-4, atol=1e-5)
+    assert distance(grads["e"], jax.jit(jax.grad(loss))(params, x)["e"]) > 0.05
+
+
 # Never silently dense.
 
 
@@ -740,7 +790,7 @@ def test_a_parameter_without_a_mask_may_go_any_way(model):
     everything = jax.tree.map(lambda mask: True, masks)
     traced = tracing.trace(loss, params, x)
     facts = [*map(weights.weight_fact, trees.leaf_paths(params), jax.tree.leaves(everything)), None]
-    values, _ = implicit.masked_evaluate(
+    values, _ = backward.masked_evaluate(
         traced.jaxpr, traced.consts, [*jax.tree.leaves(params), x], facts, masked=True, strict=True
     )
     np.testing.assert_allclose(values[0], loss(params, x), rtol=1e-6)
@@ -853,7 +903,7 @@ def test_facts_pass_from_a_part_that_is_not_masked_to_one_that_is():
         jaxpr, consts = tracing.retrace(first, w, v, x)
 
         def run(w, v):
-            return implicit.masked_evaluate(jaxpr, consts, [w, v, x], facts, masked=False, strict=True)
+            return backward.masked_evaluate(jaxpr, consts, [w, v, x], facts, masked=False, strict=True)
 
         (wt, h, _), pull, facts = jax.vjp(run, w, v, has_aux=True)
         assert facts[0].path == "w" and facts[0].followed
@@ -861,7 +911,7 @@ def test_facts_pass_from_a_part_that_is_not_masked_to_one_that_is():
         jaxpr, consts = tracing.retrace(lambda *args: [second(*args)], wt, h)
 
         def end(wt, h):
-            return implicit.masked_evaluate(jaxpr, consts, [wt, h], facts[:2], masked=True, strict=True)[0][0]
+            return backward.masked_evaluate(jaxpr, consts, [wt, h], facts[:2], masked=True, strict=True)[0][0]
 
         d_wt, d_h = jax.grad(end, (0, 1))(wt, h)
         return pull([d_wt, d_h, jnp.zeros_like(v)])

@@ -1,0 +1,49 @@
+"""Train a network, plain or sharpness-aware: ``python examples/train.py --help``.
+
+The paper's run on CIFAR-10 (arXiv 2306.17504)::
+
+    python examples/train.py --preset paper-cifar10-resnet18 --data path/to/cifar10 --precision bfloat16
+"""
+
+import itertools
+import sys
+
+import tyro
+
+from ssam_experiments import report
+from ssam_experiments.config import PRESETS, Config
+from ssam_experiments.running import loop, processes
+
+
+def parse(arguments: list[str]) -> Config:
+    """Return the settings: those of ``--preset``, changed by the other flags."""
+    names = [name for flag, name in itertools.pairwise(arguments) if flag == "--preset"]
+    names += [flag.removeprefix("--preset=") for flag in arguments if flag.startswith("--preset=")]
+    return tyro.cli(Config, args=arguments, default=PRESETS.get(names[-1] if names else "none"))
+
+
+def main(arguments: list[str]) -> None:
+    """Train, draw pictures, print where they are."""
+    config = parse(arguments)
+    try:
+        loop.prepare(config)
+        loop.claim(config)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        with processes.all_or_none():
+            try:
+                _, rows = loop.train(config)
+            except FloatingPointError as error:  # in all processes alike
+                sys.exit(f"error: {error}")
+    except loop.CheckpointError as error:
+        sys.exit(f"error: {error}")
+    if not processes.is_first():
+        return
+    print(report.table({config.out.name: [rows]}))
+    for path in report.draw_run(rows, config.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Synchronised and per-device SAM on handwritten digits: one perturbation for the batch, or one a device.
+"""Synchronized and per-device SAM on handwritten digits: one perturbation for the batch, or one a device.
 
 Where every device takes the ascent gradient of its own part of the batch, the perturbation is found for
 ``m = batch / devices`` examples at a time, which Foret et al. (arXiv 2010.01412) call m-sharpness, and one of
@@ -32,7 +32,7 @@ AXIS = "data"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare SGD, synchronised SAM and per-device SAM; print a table."""
+    """Compare SGD, synchronized SAM and per-device SAM; print a table."""
 
     devices: int = 8
     """Devices that share a batch."""
@@ -116,7 +116,7 @@ def per_device_step(
     return step
 
 
-def synchronised_step(
+def synchronized_step(
     loss_fn: Callable[..., jax.Array], tx: optax.GradientTransformationExtraArgs
 ) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """Return the ordinary step, on a batch that may be spread over devices; like `per_device_step`."""
@@ -136,9 +136,9 @@ def make_methods(config: Config) -> dict[str, Method]:
     fisher = ssam_jax.fisher_mask(two_of_four, refresh_every=noisy_digits.TRAIN // config.batch)
     return {
         "SGD": Method(False, perturbed=False),
-        "SAM, synchronised": Method(False),
+        "SAM, synchronized": Method(False),
         "SAM, per device": Method(True),
-        "SSAM Fisher 2:4, synchronised": Method(False, fisher),
+        "SSAM Fisher 2:4, synchronized": Method(False, fisher),
         "SSAM Fisher 2:4, per device": Method(True, fisher),
     }
 
@@ -165,7 +165,7 @@ def make_trainer(config: Config, method: Method, data: noisy_digits.Data, mesh: 
         return params, optimizer(0.0).init(params)
 
     def epoch(carry: Any, rho: jax.Array, x: jax.Array, y: jax.Array, rows: jax.Array) -> Any:
-        make = per_device_step if method.per_device else synchronised_step
+        make = per_device_step if method.per_device else synchronized_step
         step = make(loss_fn, optimizer(rho))
 
         def body(carry: Any, rows: jax.Array) -> Any:

@@ -16,7 +16,7 @@ import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ssam_jax
-from ssam_experiments.m_sharpness import AXIS, Config, main, per_device_step, synchronised_step, varying
+from ssam_experiments.m_sharpness import AXIS, Config, main, per_device_step, synchronized_step, varying
 from ssam_jax import NM, Unstructured, dynamic_mask, fisher_mask, fixed_mask
 
 RHO, LR = 0.3, 0.2
@@ -116,9 +116,9 @@ def test_steps_per_device_equal_a_loop_over_the_parts_and_masks_are_the_same_eve
         assert all(copy.tobytes() == copies[0].tobytes() for copy in copies)
 
 
-def test_the_ordinary_program_synchronises_and_does_another_step():
+def test_the_ordinary_program_synchronizes_and_does_another_step():
     tx = optimizer(RULES["fisher 2:4"])
-    steps = steps_of(synchronised_step(loss, tx))
+    steps = steps_of(synchronized_step(loss, tx))
     params = jax.tree.map(jnp.array, PARAMS)
     batches = jax.device_put(BATCHES, NamedSharding(mesh_of(8), PartitionSpec(None, AXIS)))
     everywhere = NamedSharding(mesh_of(8), EVERYWHERE)
@@ -139,14 +139,14 @@ def all_reduced(fn, *args):
     return sum(math.prod(map(int, filter(None, d.split(",")))) for d in dims), others
 
 
-def test_a_step_per_device_reduces_one_gradient_and_a_synchronised_step_two():
+def test_a_step_per_device_reduces_one_gradient_and_a_synchronized_step_two():
     """With a refresh in the step, which adds nothing; the one entry more is the loss."""
     tx, params = optimizer(RULES["fisher 2:4"]), jax.tree.map(jnp.array, PARAMS)
     everywhere, by_example = (NamedSharding(mesh_of(8), spec) for spec in (EVERYWHERE, BY_EXAMPLE))
     args = (*jax.device_put((params, tx.init(params)), everywhere), jax.device_put(BATCHES[0], by_example))
     own = mapped(per_device_step(loss, tx), 8, BY_EXAMPLE)
     assert all_reduced(own, *args) == (SIZE + 1, [])
-    assert all_reduced(synchronised_step(loss, tx), *args) == (2 * SIZE + 1, [])
+    assert all_reduced(synchronized_step(loss, tx), *args) == (2 * SIZE + 1, [])
 
 
 def test_a_state_that_is_not_the_same_everywhere_is_refused():
@@ -171,7 +171,7 @@ def test_a_state_that_is_not_the_same_everywhere_is_refused():
             jax.eval_shape(mapped(step, 2, BY_EXAMPLE), params, tx.init(params), BATCHES[0])
 
 
-def test_an_undeclared_copy_would_synchronise_the_ascent_gradient_unasked():
+def test_an_undeclared_copy_would_synchronize_the_ascent_gradient_unasked():
     """Why the pattern needs `varying`: without it the ascent gradient is the sum over the devices."""
 
     def gradients(params, part):
@@ -290,9 +290,9 @@ def test_the_study_makes_its_devices_and_prints_a_table():
     rows = re.findall(r"^\| (\w.*?) \| (.*?) \|.*\|$", result.stdout, flags=re.M)
     assert dict(rows[1:]) == {
         "SGD": "",
-        "SAM, synchronised": "64",
+        "SAM, synchronized": "64",
         "SAM, per device": "16",
-        "SSAM Fisher 2:4, synchronised": "64",
+        "SSAM Fisher 2:4, synchronized": "64",
         "SSAM Fisher 2:4, per device": "16",
     }
 

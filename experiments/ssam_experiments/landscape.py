@@ -30,7 +30,7 @@ import ssam_jax
 from ssam_experiments import noisy_digits
 from ssam_experiments.ranges import Rule, check_ranges
 from ssam_experiments.report import mean_std
-from ssam_experiments.running import loop
+from ssam_experiments.running import loop, preparation
 from ssam_experiments.running.metrics import write_whole
 from ssam_experiments.running.programs import cross_entropy
 from ssam_jax import plotting, sharpness
@@ -155,7 +155,7 @@ def loaded(config: Config) -> dict[str, list[Run]]:
     runs: dict[str, list[Run]] = {}
     for name, folder in named_folders(config):
         settings, state = loop.load(folder, config.data)
-        feed, programs = loop.prepare(settings)
+        feed, programs = preparation.prepare(settings)
         images, labels = feed.examples(0, 0, config.examples)
         if len(labels) < config.examples:
             raise ValueError(

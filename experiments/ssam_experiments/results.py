@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ssam_experiments import report
 from ssam_experiments.config import Config
-from ssam_experiments.running import loop
+from ssam_experiments.running import loop, preparation
 from ssam_experiments.running.metrics import read_rows, write_whole
 from ssam_experiments.running.optimizers import Chosen
 
@@ -157,7 +157,7 @@ def trained(study: Study, row: Row, name: str, rho: float, seed: int) -> dict[st
 
 def sharpness(study: Study, config: Config, state: Any) -> dict[str, float]:
     """Return by how much the loss on training examples rises along its gradient, statistics at rest."""
-    feed, programs = loop.prepare(config)
+    feed, programs = preparation.prepare(config)
     here, there = programs.rise(state, *feed.examples(0, 0, 2048), np.float32(study.sharpness_rho))
     return {"sharpness": float(there - here)}
 
@@ -185,7 +185,7 @@ class Timed(NamedTuple):
 def compiled_steps(study: Study, row: Row, name: str) -> list[Timed]:
     """Return the compiled steps of a row: that of SAM, that of SGD, or both."""
     config = settings(study, row, name, 1.0, 0)
-    feed, programs = loop.prepare(config)
+    feed, programs = preparation.prepare(config)
     state, source = programs.init(0), next(iter(feed.batches(0, 0, 0)))
     chosen = Chosen(*map(np.float32, (config.lr, config.weight_decay, config.rho)))
     steps = config.epochs * feed.steps_per_epoch

@@ -12,7 +12,8 @@ import tyro
 
 from ssam_experiments import report
 from ssam_experiments.config import PRESETS, Config
-from ssam_experiments.running import loop, processes
+from ssam_experiments.running import loop, preparation, processes
+from ssam_experiments.running.checkpoints import CheckpointError
 
 
 def parse(arguments: list[str]) -> Config:
@@ -26,8 +27,8 @@ def main(arguments: list[str]) -> None:
     """Train, draw pictures, print where they are."""
     config = parse(arguments)
     try:
-        loop.prepare(config)
-        loop.claim(config)
+        preparation.prepare(config)
+        preparation.claim(config)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     try:
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
                 _, rows = loop.train(config)
             except FloatingPointError as error:  # in all processes alike
                 sys.exit(f"error: {error}")
-    except loop.CheckpointError as error:
+    except CheckpointError as error:
         sys.exit(f"error: {error}")
     if not processes.is_first():
         return

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ssam_experiments.config import Config
-from ssam_experiments.running import loop
+from ssam_experiments.running import checkpoints, loop
 
 
 def truncated(folder):
@@ -51,6 +51,8 @@ def test_the_trainer_says_which_checkpoint_it_cannot_read_and_what_to_do(trained
     config = dataclasses.replace(trained, out=tmp_path / "run")
     shutil.copytree(trained.out, config.out)
     damage(config.out / "checkpoints")
-    with pytest.raises(loop.CheckpointError, match=r"checkpoints/1 cannot be read.*Delete it.*another --out"):
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"checkpoints/1 cannot be read.*Delete it.*another --out"
+    ):
         loop.train(config)
     gc.collect()  # of what was reading the truncated file, which complains as it goes

@@ -12,7 +12,7 @@ from tiny import assert_same
 from ssam_experiments import landscape
 from ssam_experiments.config import Config as Training
 from ssam_experiments.landscape import Config
-from ssam_experiments.running import loop
+from ssam_experiments.running import loop, preparation
 
 SMALL = Config(
     seeds=2, epochs=1, width=8, examples=64, measured_at_once=32, probes=8, depth=6, points=3, extent=0.5
@@ -99,7 +99,7 @@ def test_a_network_with_batch_normalisation_is_measured_at_rest(trained):
     runs = [one for several in landscape.loaded(config).values() for one in several]
     for one, name in zip(runs, ("normalised", "normalised too")):
         settings, state = trained[name]
-        feed, programs = loop.prepare(settings)
+        feed, programs = preparation.prepare(settings)
         totals = programs.evaluate(state, *feed.examples(0, 0, 64), np.ones(64, np.float32))
         losses = [float(one.loss_fn(one.params, batch)) for batch in one.batches]
         assert np.mean(losses) == pytest.approx(float(totals.loss) / 64, rel=1e-4)
@@ -122,7 +122,7 @@ def test_a_folder_without_a_run_or_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no run: there is no .*config\.json"):
         loop.load(tmp_path)
     settings = Training(model="mlp", limit=64, batch=16, out=tmp_path)
-    loop.claim(settings)
+    preparation.claim(settings)
     with pytest.raises(ValueError, match="holds no checkpoint yet"):
         loop.load(tmp_path)
 

@@ -19,7 +19,7 @@ from tiny import assert_same
 import ssam_jax
 from ssam_experiments import compare, report, train
 from ssam_experiments.config import Config
-from ssam_experiments.running import loop
+from ssam_experiments.running import loop, preparation
 from ssam_experiments.running.metrics import read_rows
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion", "quick_compilation")
@@ -72,7 +72,7 @@ def test_every_method_trains(tmp_path, name):
 def test_seeds_and_radii_share_what_is_compiled(tmp_path):
     for seed, rho in ((0, 0.1), (1, 0.1), (1, 0.2)):
         config, _, _ = trained(tmp_path / f"{seed} {rho}", method="sam", seed=seed, rho=rho, ascent_every=3)
-    programs = loop.prepare(config).programs
+    programs = preparation.prepare(config).programs
     assert programs.step._cache_size() == 2  # with the ascent, and without
     assert [f._cache_size() for f in (programs.init, programs.evaluate, programs.no_totals)] == [1, 1, 1]
 
@@ -128,7 +128,7 @@ def test_imagenet_is_streamed(tmp_path):
     config, state, rows = trained(tmp_path, **options, cutout=True, lr=1e-4)
     assert int(state.step) == rows[-1]["step"] == 4 and np.isfinite(rows[-1]["train_loss"])
     assert rows[-1]["test_accuracy"] in {right / 10 for right in range(11)}  # the padding does not count
-    images, labels = loop.prepare(config).feed.examples(0, 0, 8)
+    images, labels = preparation.prepare(config).feed.examples(0, 0, 8)
     assert images.shape == (8, 224, 224, 3) and images.dtype == np.uint8 and {*labels} == {0, 1}
 
 

@@ -11,7 +11,7 @@ from tiny import assert_close, assert_same
 
 import ssam_jax
 from ssam_experiments.config import Config
-from ssam_experiments.running import loop, placement, processes
+from ssam_experiments.running import checkpoints, loop, placement, processes
 from ssam_experiments.running.metrics import read_rows
 
 TRAINED = Config(
@@ -22,14 +22,14 @@ TRAINED = Config(
 @pytest.mark.usefixtures("relaxed_promotion")
 def test_the_trainer_goes_on_in_two_processes_as_it_would_have_in_one(tmp_path, monkeypatch):
     config = dataclasses.replace(TRAINED, out=tmp_path / "alone")
-    save = loop._save
+    save = checkpoints.save
 
     def copied(manager, at):
         save(manager, at)
         if at.step == 4:  # the end of the first epoch
             shutil.copytree(config.out, tmp_path / "begun")
 
-    monkeypatch.setattr(loop, "_save", copied)
+    monkeypatch.setattr(checkpoints, "save", copied)
     state, rows = loop.train(config)
     flags = ["--model=mlp", "--limit=64", "--batch=16", "--epochs=3", "--fisher-samples=8", "--method=ssam-f"]
     flags += ["--evaluate-every=3", f"--out={tmp_path / 'begun'}", "--devices=4", "--fsdp", "--processes=2"]

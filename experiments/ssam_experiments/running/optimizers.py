@@ -21,12 +21,23 @@ class Chosen(NamedTuple):
 def make_pattern(config: Config) -> ssam_jax.Pattern:
     """Return the pattern of a run's masks."""
     if config.pattern == "n:m":
-        return ssam_jax.NM(
-            config.n, config.m, indivisible="whole"
-        )  # a head of 10 classes is not divisible by 4
+        return ssam_jax.NM(config.n, config.m, indivisible="whole")  # 4 does not divide a head of 10 classes
     if config.pattern == "structured":
         return ssam_jax.Structured(config.sparsity, config.unit)
     return ssam_jax.Unstructured(config.sparsity)
+
+
+def check_paths(config: Config, params: Any) -> None:
+    """Raise ValueError, with some paths, if ``--perturb`` names no parameter."""
+    if config.method != "ssam-fixed":
+        return
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    if not any(re.search(config.perturb, path) for path in paths):
+        some = ", ".join(paths[:3] + paths[3:][-2:])
+        raise ValueError(
+            f"--perturb {config.perturb!r} matches none of the {len(paths)} parameters; some of them: {some}."
+        )
 
 
 def make_rule(config: Config, steps_per_epoch: int, seed: Any) -> ssam_jax.MaskRule | None:

@@ -15,7 +15,7 @@ import ssam_jax.linen
 from ssam_experiments.config import Config
 from ssam_experiments.data.feeds import Feed
 from ssam_experiments.running import placement
-from ssam_experiments.running.optimizers import Chosen, make_optimizer, make_pattern
+from ssam_experiments.running.optimizers import Chosen, check_paths, make_optimizer, make_pattern
 
 FISHER_CHUNK = 32  # examples whose gradients are held at once
 SHARPNESS_BATCH = 256
@@ -70,13 +70,12 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
     """
     spread = functools.partial(placement.spread, devices=config.devices)
     untuned = Chosen(*(np.float32(0),) * 3)  # for what reads none of them
-    at_rest = make_optimizer(
-        config, feed.steps_per_epoch, untuned, 0
-    )  # one in all states: part of their type
+    at_rest = make_optimizer(config, feed.steps_per_epoch, untuned, 0)  # a part of every state's type
 
     def init(seed: jax.Array) -> ssam_jax.linen.TrainState:
         key = jax.random.key(seed)
         variables = model.init(jax.random.fold_in(key, 0), jnp.zeros((1, *feed.image_shape)), train=False)
+        check_paths(config, variables["params"])
         state = ssam_jax.linen.TrainState.create(
             apply_fn=model.apply,
             params=variables["params"],

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ssam_experiments.data import datasets
+from ssam_experiments.data import datasets, parquet
 from ssam_experiments.data.datasets import load
 
 RNG = np.random.default_rng(0)
-COLOURS = RNG.integers(0, 256, (30, 32, 32, 3), np.uint8)
+COLORS = RNG.integers(0, 256, (30, 32, 32, 3), np.uint8)
 GREYS = RNG.integers(0, 256, (30, 28, 28), np.uint8)
 LABELS = np.arange(30) % 10
 
@@ -51,7 +51,7 @@ def write_parquet(path, images, image="img", rows_in_group=None, **labels):
 
 
 def cifar10_in_parquet(folder, **options):
-    pngs = list(map(encoded, COLOURS))
+    pngs = list(map(encoded, COLORS))
     write_parquet(folder / "train-00000-of-00002.parquet", pngs[:15], label=LABELS[:15], **options)
     write_parquet(folder / "train-00001-of-00002.parquet", pngs[15:20], label=LABELS[15:20], **options)
     write_parquet(folder / "test-00000-of-00001.parquet", pngs[20:], label=LABELS[20:], **options)
@@ -61,8 +61,8 @@ def cifar10_in_parquet(folder, **options):
 def test_cifar10_is_read_from_parquet_files_in_the_order_of_their_names(tmp_path, subfolder):
     cifar10_in_parquet(tmp_path / subfolder, rows_in_group=4)
     data = load("cifar10", str(tmp_path))
-    assert by_content(data.train) == truth(COLOURS[:20], LABELS[:20])
-    np.testing.assert_array_equal(data.test.images, COLOURS[20:])
+    assert by_content(data.train) == truth(COLORS[:20], LABELS[:20])
+    np.testing.assert_array_equal(data.test.images, COLORS[20:])
     np.testing.assert_array_equal(data.test.labels, LABELS[20:])
     for images, labels in (data.train, data.test):
         assert images.dtype == np.uint8 and labels.dtype == np.int32
@@ -74,13 +74,13 @@ def test_cifar100_in_parquet_has_the_fine_labels(tmp_path):
     for split, part in (("train", slice(20)), ("test", slice(20, 30))):
         write_parquet(
             tmp_path / "cifar100" / f"{split}-00000-of-00001-0a1b2c3d.parquet",
-            list(map(encoded, COLOURS[part])),
+            list(map(encoded, COLORS[part])),
             coarse_label=fine[part] // 5,
             fine_label=fine[part],
         )
     data = load("cifar100", tmp_path)
     assert data.classes == 100
-    assert by_content(data.train) == truth(COLOURS[:20], fine[:20])
+    assert by_content(data.train) == truth(COLORS[:20], fine[:20])
     np.testing.assert_array_equal(data.test.labels, fine[20:])
 
 
@@ -113,20 +113,20 @@ def test_a_missing_shard_is_noticed(tmp_path):
         ({"img": [{"path": "a.png"}], "label": [1]}, "Column img of .* must be a struct with bytes"),
         ({"img": [{"bytes": b""}], "label": ["cat"]}, "Column label of .* must hold integers; it is string"),
         (
-            {"img": [{"bytes": encoded(COLOURS[0])}], "label": [10]},
+            {"img": [{"bytes": encoded(COLORS[0])}], "label": [10]},
             "from 0 to 9; .* has labels from 10 to 10",
         ),
         (
-            {"img": [{"bytes": encoded(COLOURS[0])}], "label": [2**32]},
+            {"img": [{"bytes": encoded(COLORS[0])}], "label": [2**32]},
             "from 0 to 9; .* labels from 4294967296",
         ),
-        ({"img": [{"bytes": encoded(COLOURS[0])}] * 2, "label": [1, None]}, "has labels from -1 to 1"),
-        ({"img": [{"bytes": encoded(COLOURS[0])}, None], "label": [1, 2]}, "row 1 .*: there is no image"),
+        ({"img": [{"bytes": encoded(COLORS[0])}] * 2, "label": [1, None]}, "has labels from -1 to 1"),
+        ({"img": [{"bytes": encoded(COLORS[0])}, None], "label": [1, 2]}, "row 1 .*: there is no image"),
         (
             {"img": [{"bytes": b"\x89PNG and so on"}], "label": [1]},
             "row 0 .*: the image is neither PNG nor JPEG",
         ),
-        ({"img": [{"bytes": encoded(COLOURS[0])[:-900]}], "label": [1]}, "the image cannot be decoded"),
+        ({"img": [{"bytes": encoded(COLORS[0])[:-900]}], "label": [1]}, "the image cannot be decoded"),
         (
             {"img": [{"bytes": encoded(GREYS[0])}], "label": [1]},
             r"must have 32 x 32 pixels, it has \(28, 28\)",
@@ -147,7 +147,7 @@ def test_a_truncated_parquet_file_is_refused_by_name(tmp_path, kept):
     cifar10_in_parquet(tmp_path)
     path = tmp_path / "test-00000-of-00001.parquet"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet is not a whole Parquet file"):
+    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet is not a complete Parquet file"):
         load("cifar10", tmp_path)
 
 
@@ -208,12 +208,12 @@ def cifar10_in_batches(folder, write=python2_pickle):
     folder.mkdir(parents=True, exist_ok=True)
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     for name, part in zip(names, np.split(np.arange(30), 6)):
-        (folder / name).write_bytes(write(planes(COLOURS[part]), b"labels", LABELS[part]))
+        (folder / name).write_bytes(write(planes(COLORS[part]), b"labels", LABELS[part]))
 
 
 def test_the_bytes_written_by_hand_are_the_pickle_that_is_meant():
-    content = pickle.loads(python2_pickle(planes(COLOURS[:2]), b"labels", LABELS[:2]), encoding="bytes")
-    np.testing.assert_array_equal(content[b"data"], planes(COLOURS[:2]))
+    content = pickle.loads(python2_pickle(planes(COLORS[:2]), b"labels", LABELS[:2]), encoding="bytes")
+    np.testing.assert_array_equal(content[b"data"], planes(COLORS[:2]))
     assert content[b"labels"] == [0, 1]
 
 
@@ -222,8 +222,8 @@ def test_the_bytes_written_by_hand_are_the_pickle_that_is_meant():
 def test_cifar10_is_read_from_the_official_batches(tmp_path, subfolder, write):
     cifar10_in_batches(tmp_path / subfolder, write)
     data = load("cifar10", tmp_path)
-    assert by_content(data.train) == truth(COLOURS[:25], LABELS[:25])
-    np.testing.assert_array_equal(data.test.images, COLOURS[25:])
+    assert by_content(data.train) == truth(COLORS[:25], LABELS[:25])
+    np.testing.assert_array_equal(data.test.images, COLORS[25:])
     np.testing.assert_array_equal(data.test.labels, LABELS[25:])
     assert data.train.images.dtype == np.uint8 and data.train.labels.dtype == np.int32
 
@@ -231,11 +231,11 @@ def test_cifar10_is_read_from_the_official_batches(tmp_path, subfolder, write):
 def test_cifar100_is_read_from_the_official_batches(tmp_path):
     (tmp_path / "cifar-100-python").mkdir()
     for name, part in (("train", slice(20)), ("test", slice(20, 30))):
-        content = python2_pickle(planes(COLOURS[part]), b"fine_labels", LABELS[part] + 90)
+        content = python2_pickle(planes(COLORS[part]), b"fine_labels", LABELS[part] + 90)
         (tmp_path / "cifar-100-python" / name).write_bytes(content)
     data = load("cifar100", tmp_path)
-    assert by_content(data.train) == truth(COLOURS[:20], LABELS[:20] + 90)
-    np.testing.assert_array_equal(data.test.images, COLOURS[20:])
+    assert by_content(data.train) == truth(COLORS[:20], LABELS[:20] + 90)
+    np.testing.assert_array_equal(data.test.images, COLORS[20:])
 
 
 class Calls:
@@ -275,7 +275,7 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_runs_nothing(tmp_path,
 )
 def test_a_pickle_with_anything_but_bytes_lists_and_text_is_refused(tmp_path, value, asks):
     cifar10_in_batches(tmp_path)
-    content = pickle.dumps({"data": planes(COLOURS[:1]), "labels": [0], "more": value}, protocol=2)
+    content = pickle.dumps({"data": planes(COLORS[:1]), "labels": [0], "more": value}, protocol=2)
     (tmp_path / "test_batch").write_bytes(content)
     with pytest.raises(pickle.UnpicklingError, match=f"test_batch: The pickle .*{asks}"):
         load("cifar10", tmp_path)
@@ -284,14 +284,14 @@ def test_a_pickle_with_anything_but_bytes_lists_and_text_is_refused(tmp_path, va
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "test_batch is not a whole batch of CIFAR"),
-        (b"no pickle at all", "test_batch is not a whole batch of CIFAR"),
-        (python2_pickle(planes(COLOURS[:2]), b"labels", LABELS[:2])[:-5], "is not a whole batch"),
-        (python2_pickle(planes(COLOURS[:2]), b"fine_labels", LABELS[:2]), "with data and labels"),
-        (python2_pickle(planes(COLOURS[:2]), b"labels", LABELS[:3]), "is not a whole batch"),
-        (python2_pickle(planes(COLOURS[:2]), b"labels", LABELS[:2] + 9), "from 0 to 9; .*test_batch has"),
-        (pickle.dumps([1, 2]), "is not a whole batch"),
-        (pickle.dumps({"data": "text", "labels": [1]}), "is not a whole batch"),
+        (b"", "test_batch is not a complete batch of CIFAR"),
+        (b"no pickle at all", "test_batch is not a complete batch of CIFAR"),
+        (python2_pickle(planes(COLORS[:2]), b"labels", LABELS[:2])[:-5], "is not a complete batch"),
+        (python2_pickle(planes(COLORS[:2]), b"fine_labels", LABELS[:2]), "with data and labels"),
+        (python2_pickle(planes(COLORS[:2]), b"labels", LABELS[:3]), "is not a complete batch"),
+        (python2_pickle(planes(COLORS[:2]), b"labels", LABELS[:2] + 9), "from 0 to 9; .*test_batch has"),
+        (pickle.dumps([1, 2]), "is not a complete batch"),
+        (pickle.dumps({"data": "text", "labels": [1]}), "is not a complete batch"),
     ],
     ids=name_of,
 )
@@ -304,7 +304,7 @@ def test_a_damaged_batch_is_refused_by_name(tmp_path, content, message):
 
 def test_an_array_with_fewer_bytes_than_its_shape_says_is_refused(tmp_path):
     cifar10_in_batches(tmp_path)
-    content = python2_pickle(planes(COLOURS[:2]), b"labels", LABELS[:2])
+    content = python2_pickle(planes(COLORS[:2]), b"labels", LABELS[:2])
     shape = b"J" + struct.pack("<i", 2) + b"J" + struct.pack("<i", 3072)
     huge = b"J" + struct.pack("<i", 2**31 - 1) + b"J" + struct.pack("<i", 3072)
     assert shape in content
@@ -363,8 +363,8 @@ def test_fashion_mnist_is_read_from_idx_files(tmp_path, subfolder, end):
             idx(np.full(10, 10, np.uint8)),
             "from 0 to 9; .* has labels from 10 to 10",
         ),
-        ("t10k-labels-idx1-ubyte.gz", gzip.compress(idx(LABELS))[:-9], "is not a whole gzip file"),
-        ("t10k-labels-idx1-ubyte.gz", b"plain", "is not a whole gzip file"),
+        ("t10k-labels-idx1-ubyte.gz", gzip.compress(idx(LABELS))[:-9], "is not a complete gzip file"),
+        ("t10k-labels-idx1-ubyte.gz", b"plain", "is not a complete gzip file"),
     ],
     ids=name_of,
 )
@@ -473,7 +473,22 @@ def test_arguments_out_of_range_are_refused_with_the_numbers(options, message):
 
 def test_files_without_examples_are_refused(tmp_path):
     cifar10_in_parquet(tmp_path)
-    empty = pa.table({"img": [{"bytes": encoded(COLOURS[0])}], "label": [1]}).slice(0, 0)
+    empty = pa.table({"img": [{"bytes": encoded(COLORS[0])}], "label": [1]}).slice(0, 0)
     pq.write_table(empty, tmp_path / "test-00000-of-00001.parquet")
     with pytest.raises(ValueError, match="has no examples for training, or none for testing"):
         load("cifar10", tmp_path)
+
+
+def test_no_more_images_are_decoded_than_are_kept(tmp_path, monkeypatch):
+    cifar10_in_parquet(tmp_path, rows_in_group=4)
+    whole = load("cifar10", tmp_path, validation=3)
+    decoded, decode = [], parquet.decode
+    monkeypatch.setattr(parquet, "decode", lambda *args: decoded.append(args[1]) or decode(*args))
+    part = load("cifar10", tmp_path, validation=3, limit=5)
+    assert len(decoded) == len(set(decoded)) == 5 + 3 + 10
+    np.testing.assert_array_equal(part.train.images, whole.train.images[:5])
+    np.testing.assert_array_equal(part.train.labels, whole.train.labels[:5])
+    for one, other in ((part.valid, whole.valid), (part.test, whole.test)):
+        np.testing.assert_array_equal(one.images, other.images)
+        np.testing.assert_array_equal(one.labels, other.labels)
+    assert by_content(whole.train) | by_content(whole.valid) == truth(COLORS[:20], LABELS[:20])

@@ -97,6 +97,6 @@ def read_batch(path: Path, label_key: str) -> tuple[np.ndarray, np.ndarray]:
         raise Refused(f"{path}: {error}") from None
     except Exception as error:  # damaged bytes can be any program of the pickle machine, hence any error
         raise ValueError(
-            f"{path} is not a whole batch of CIFAR with data and {label_key}: {error!r}"
+            f"{path} is not a complete batch of CIFAR with data and {label_key}: {error!r}"
         ) from error
     return images, labels

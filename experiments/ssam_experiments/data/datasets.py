@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ssam_experiments.data import readers
-from ssam_experiments.data.readers import Arrays
+from ssam_experiments.data.readers import Arrays, Examples
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,13 +87,20 @@ def load(
     split_seed, noise_seed = np.random.SeedSequence(seed).spawn(2)
     order = np.random.default_rng(split_seed).permutation(total)
     rest, aside = order[: total - validation][:limit], order[total - validation :]
-    valid = Arrays(train.images[aside], train.labels[aside]) if validation else None
-    labels = _noisy(train.labels[rest], classes, label_noise, np.random.default_rng(noise_seed))
-    train = Arrays(train.images[rest], labels)
-    return Dataset(name, train, valid, test, classes, *_statistics(train.images))
+    images, labels = train.take(np.concatenate([rest, aside]))  # no others are decoded
+    count = len(rest)
+    noisy = _noisy(labels[:count], classes, label_noise, np.random.default_rng(noise_seed))
+    return Dataset(
+        name,
+        Arrays(images[:count], noisy),
+        Arrays(images[count:], labels[count:]) if validation else None,
+        test.take(np.arange(len(test.labels))),
+        classes,
+        *_statistics(images[:count]),
+    )
 
 
-def _read(name: str, folder: str | Path | None) -> tuple[Arrays, Arrays]:
+def _read(name: str, folder: str | Path | None) -> tuple[Examples, Examples]:
     if name == "digits":
         return readers.read_digits()
     if folder is None or not Path(folder).is_dir():

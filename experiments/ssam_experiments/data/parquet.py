@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ IMAGE_COLUMNS = ("img", "image")
 def find_shards(folder: Path, split: str, subfolders: Sequence[str]) -> list[Path]:
     """Return the files of a split, such as ``train-00000-of-00002.parquet``, in the order of their names.
 
-    They are looked for in the folder itself and then in its subfolders; if there are none, the list is empty.
+    The search goes through the folder itself and then its subfolders. The list may be empty.
 
     Raises:
       FileNotFoundError: there are fewer files, or more, than their own names say.
@@ -53,7 +53,7 @@ class ImageFile:
             with pq.ParquetFile(path) as file:
                 self._metadata, schema = file.metadata, file.schema_arrow
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is not a whole Parquet file: {error}") from error
+            raise ValueError(f"{path} is not a complete Parquet file: {error}") from error
         groups = range(self._metadata.num_row_groups)
         self.sizes = [self._metadata.row_group(i).num_rows for i in groups]
         self._image, self._label = (
@@ -72,20 +72,39 @@ class ImageFile:
                 return name
         raise ValueError(f"{self.path} must have a column {' or '.join(names)}; it has {', '.join(has)}.")
 
-    def read_group(self, index: int) -> tuple[list[bytes | None], np.ndarray]:
-        """Return the encoded images and the labels of a row group, -1 for a label that is missing.
+    def read_labels(self) -> np.ndarray:
+        """Return the labels of all rows, int64, -1 for a label that is missing.
 
         Raises:
           ValueError: the file is damaged.
         """
+        return self._labels(self._read(range(len(self.sizes)), [self._label]))
+
+    def read_group(self, index: int, rows: np.ndarray | None = None) -> tuple[list[bytes | None], np.ndarray]:
+        """Return the encoded images and the labels of a row group, as `read_labels`.
+
+        Args:
+          index: of the row group.
+          rows: the rows to return, counted within the group, None for all.
+
+        Raises:
+          ValueError: the file is damaged.
+        """
+        table = self._read([index], [f"{self._image}.bytes", self._label])
+        table = table if rows is None else table.take(pa.array(rows))
+        images = [value and value["bytes"] for value in table.column(self._image).to_pylist()]
+        return images, self._labels(table)
+
+    def _read(self, groups: Iterable[int], columns: Sequence[str]) -> pa.Table:
         try:
             with pq.ParquetFile(self.path, metadata=self._metadata, memory_map=True) as file:
-                rows = file.read_row_group(index, columns=[f"{self._image}.bytes", self._label])
+                return file.read_row_groups(list(groups), columns=list(columns))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} is damaged: {error}") from error
-        images = [value and value["bytes"] for value in rows.column(self._image).to_pylist()]
-        labels = rows.column(self._label).to_pylist()
-        return images, np.array([-1 if label is None else label for label in labels], np.int64)
+
+    def _labels(self, table: pa.Table) -> np.ndarray:
+        labels = table.column(self._label).to_pylist()
+        return np.array([-1 if label is None else label for label in labels], np.int64)
 
 
 def decode(data: bytes | None, where: str, size: tuple[int, int] | None = None) -> Image.Image:

@@ -1,4 +1,7 @@
-"""Readers of data sets of small images; each returns the training and the test examples whole."""
+"""Readers of data sets of small images; each returns the training and the test examples.
+
+Both have ``labels``, and ``take(rows)``, which returns some of them as `Arrays`.
+"""
 
 import gzip
 import math
@@ -28,6 +31,10 @@ class Arrays(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    def take(self, rows: np.ndarray) -> "Arrays":
+        """Return the examples with the given numbers."""
+        return Arrays(self.images[rows], self.labels[rows])
+
 
 class _Cifar(NamedTuple):
     """What the official batches of a data set are called, and the labels there and in Parquet files."""
@@ -54,7 +61,7 @@ CIFAR = {
 
 
 def read_digits() -> tuple[Arrays, Arrays]:
-    """Return scikit-learn's digits, 8 x 8, their 17 shades of grey spread over 0 to 255."""
+    """Return scikit-learn's digits, 8 x 8, their 17 shades of gray spread over 0 to 255."""
     from sklearn.datasets import load_digits  # slow to import, and for this data set alone
     from sklearn.model_selection import train_test_split
 
@@ -98,7 +105,7 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+        raise ValueError(f"{path} is not a complete gzip file: {error}") from error
     start = 4 + 4 * rank
     if len(data) < start or data[:4] != bytes([0, 0, 8, rank]):
         raise ValueError(f"{path} does not start as an idx file of bytes in {rank} dimensions does.")
@@ -110,13 +117,59 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-def read_cifar(folder: Path, classes: int) -> tuple[Arrays, Arrays]:
-    """Return CIFAR-10 or CIFAR-100, 32 x 32 in colour, from Parquet files or the official batches."""
+class EncodedCifar:
+    """CIFAR in Parquet files: the labels are read, and images are decoded when they are taken.
+
+    Attributes:
+      labels: of all examples, int32.
+    """
+
+    def __init__(self, paths: Sequence[Path], names: _Cifar):
+        self._files = [parquet.ImageFile(path, names.label_columns) for path in paths]
+        labels = [_checked(file.read_labels(), names.classes, file.path) for file in self._files]
+        self.labels = np.concatenate(labels)
+        self._title = f"decoding CIFAR-{names.classes}"
+
+    def take(self, rows: np.ndarray) -> Arrays:
+        """Decode the examples with the given numbers, in threads; a bar shows if it lasts.
+
+        Raises:
+          ValueError: an image cannot be decoded, or a file is damaged.
+        """
+        images, order = np.empty((len(rows), 32, 32, 3), np.uint8), np.argsort(rows, kind="stable")
+
+        def read(file: parquet.ImageFile, group: int, start: int, places: np.ndarray) -> int:
+            wanted = rows[places] - start  # within the row group
+            for place, row, data in zip(places, wanted, file.read_group(group, wanted)[0]):
+                where = f"{file.path}, row {row} of row group {group}"
+                images[place] = parquet.decode(data, where, (32, 32))
+            return len(places)
+
+        work, start = [], 0
+        for file in self._files:
+            for group, size in enumerate(file.sizes):
+                first, end = np.searchsorted(rows[order], (start, start + size))
+                if first < end:
+                    work.append((file, group, start, order[first:end]))
+                start += size
+        bar = tqdm(total=len(rows), desc=self._title, unit=" images", delay=2, disable=None)
+        # Decoding needs the interpreter little, so threads help.
+        with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+            for count in pool.map(lambda task: read(*task), work):
+                bar.update(count)
+        return Arrays(images, self.labels[rows])
+
+
+Examples = Arrays | EncodedCifar
+
+
+def read_cifar(folder: Path, classes: int) -> tuple[Examples, Examples]:
+    """Return CIFAR-10 or CIFAR-100, 32 x 32 in color, from Parquet files or the official batches."""
     names = CIFAR[classes]
     subfolders = ("data", "plain_text", f"cifar{classes}")
     train, test = (parquet.find_shards(folder, split, subfolders) for split in ("train", "test"))
     if train and test:
-        parts = _read_parquet(train, names), _read_parquet(test, names)
+        parts = EncodedCifar(train, names), EncodedCifar(test, names)
         if classes == 100 and max(parts[0].labels, default=99) < 20:  # a column label may be anything
             raise ValueError(f"Labels in {folder} are all below 20: they are not CIFAR-100's fine classes.")
         return parts
@@ -140,28 +193,6 @@ def _read_batches(folder: Path, files: Sequence[str], names: _Cifar) -> Arrays:
         images.append(part)
         labels.append(_checked(values, names.classes, folder / name))
     return Arrays(np.concatenate(images), np.concatenate(labels))
-
-
-def _read_parquet(paths: Sequence[Path], names: _Cifar) -> Arrays:
-    """Decode all images, in threads, for decoding needs the interpreter little; a bar shows if it lasts."""
-    files = [parquet.ImageFile(path, names.label_columns) for path in paths]
-    images = np.empty((sum(sum(file.sizes) for file in files), 32, 32, 3), np.uint8)
-    labels = np.empty(len(images), np.int32)
-
-    def read(file: parquet.ImageFile, group: int, start: int) -> int:
-        encoded, values = file.read_group(group)
-        labels[start : start + len(values)] = _checked(values, names.classes, file.path)
-        for i, data in enumerate(encoded):
-            images[start + i] = parquet.decode(data, f"{file.path}, row {i} of row group {group}", (32, 32))
-        return len(encoded)
-
-    work = [(file, group) for file in files for group in range(len(file.sizes))]
-    starts = np.cumsum([0] + [file.sizes[group] for file, group in work])
-    bar = tqdm(total=len(images), desc=f"decoding CIFAR-{names.classes}", unit=" images", delay=2)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        for count in pool.map(lambda task, start: read(*task, start), work, starts):
-            bar.update(count)
-    return Arrays(images, labels)
 
 
 def _checked(labels: np.ndarray, classes: int, path: Path) -> np.ndarray:

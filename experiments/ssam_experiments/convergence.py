@@ -268,7 +268,7 @@ def measure(config: Config) -> dict[str, Any]:
     """Run every method on every problem; return curves and verdicts by problem and name, for JSON."""
     at, methods, curves = checkpoints(config.steps), make_methods(config), {}
     window = (config.fit[0] * config.steps, config.fit[1] * config.steps)
-    with tqdm(total=len(config.problems) * len(methods), unit="curve") as bar:
+    with tqdm(total=len(config.problems) * len(methods), unit="curve", disable=None) as bar:
         for which in config.problems:
             problem, curves[which] = make_problem(which), {}
             inputs = draw(config, problem)

@@ -26,6 +26,7 @@ import optax
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from ssam_experiments import noisy_digits
@@ -99,7 +100,7 @@ def compare(config: Config, data: Data) -> dict[str, Any]:
         return accuracy(model, params, data.test_x, data.test_y), rise
 
     results = {}
-    with tqdm(total=len(methods) * config.epochs, unit="epoch") as bar:
+    with tqdm(total=len(methods) * config.epochs, unit="epoch", disable=None) as bar:
         for name, method in methods.items():
             bar.set_description(name)
             params, opt_state, curves = train(config, trainers[name], method.settings, bar)
@@ -153,6 +154,7 @@ def draw_curves(axes: Axes, results: dict[str, Any], colors: dict[str, str]) -> 
     axes.set_ylim(bottom=max(0, lowest - 12), top=100)  # the first epochs fall outside
     axes.set_title("Learning with noisy labels: mean and standard deviation over seeds", fontsize="medium")
     axes.set(xlabel="epoch", ylabel="accuracy on clean validation labels, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_density(axes: Axes, results: dict[str, Any], colors: dict[str, str]) -> None:
@@ -184,7 +186,7 @@ def select(config: Config, data: Data) -> str:
     sparse = [name for name in trainers if name.startswith("SSAM")]
     pairs = list(itertools.product(GRID_LR, GRID_DECAY))
     stages = len(pairs) * (1 + len(GRID_RHO)) + len(sparse) * len(GRID_RHO)
-    with tqdm(total=stages * config.epochs, unit="epoch") as bar:
+    with tqdm(total=stages * config.epochs, unit="epoch", disable=None) as bar:
 
         def score(name: str, *settings: float) -> float:
             bar.set_description(name)

@@ -133,7 +133,7 @@ def trained(config: Config) -> dict[str, list[Run]]:
         return noisy_digits.loss_fn(model, params, *batch)
 
     batches, runs = split(config, data.train_x, data.train_y), {}
-    with tqdm(total=len(names) * config.epochs, unit="epoch") as bar:
+    with tqdm(total=len(names) * config.epochs, unit="epoch", disable=None) as bar:
         for name in names:
             bar.set_description(name)
             trainer = noisy_digits.make_trainer(settings, methods[name], data)
@@ -190,8 +190,10 @@ def split(config: Config, inputs: Any, labels: Any) -> list[Any]:
 def measure(config: Config, runs: dict[str, list[Run]]) -> dict[str, Measured]:
     """Measure every run, and the first of each name for the pictures."""
     found = {}
-    inner = bool(config.checkpoints)  # a large network takes long enough for a bar of its own
-    with tqdm(total=2 * sum(map(len, runs.values())) + 2 * len(runs), unit="measure") as bar:
+    total = 2 * sum(map(len, runs.values())) + 2 * len(runs)
+    with tqdm(total=total, unit="measure", disable=None) as bar:
+        # A large network takes long enough for a bar of its own.
+        inner = bool(config.checkpoints) and not bar.disable
         for name, several in runs.items():
             numbers = []
             for number, one in enumerate(several):

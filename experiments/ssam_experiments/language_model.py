@@ -393,7 +393,7 @@ def main(config: Config) -> None:
     mesh, corpus = Mesh(np.array(jax.devices()), (AXIS,)), read_corpus()
     check(config, mesh.size, corpus)
     first, methods, results = jax.process_index() == 0, make_methods(config), {}
-    with tqdm(total=len(methods) * config.steps, unit="step", disable=not first) as bar:
+    with tqdm(total=len(methods) * config.steps, unit="step", disable=None if first else True) as bar:
         for name, method in methods.items():
             bar.set_description(name)
             results[name] = train(config, method, corpus, mesh, bar)

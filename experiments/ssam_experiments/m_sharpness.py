@@ -215,7 +215,7 @@ def compare(config: Config, mesh: Mesh) -> list[Row]:
     data, model, best = noisy_digits.load_data(config.noise), noisy_digits.Mlp(config.width), []
     accuracy = jax.jit(jax.vmap(functools.partial(noisy_digits.accuracy, model), in_axes=(0, None, None)))
     methods = make_methods(config)
-    with tqdm(total=len(methods) * config.epochs, unit="epoch") as bar:
+    with tqdm(total=len(methods) * config.epochs, unit="epoch", disable=None) as bar:
         for name, method in methods.items():
             bar.set_description(name)
             radii, params = make_trainer(config, method, data, mesh)(bar)

@@ -218,7 +218,7 @@ def time_steps(study: Study, rows: dict[str, Row], results: dict[str, Any]) -> N
     """Add to the results the time of a step of each row, timed in turn, and its memory."""
     steps = {name: compiled_steps(study, row, name) for name, row in rows.items()}
     times: dict[Any, list[float]] = {}
-    for turn in tqdm(range(study.timing_rounds + 1), desc="timing", unit="round"):
+    for turn in tqdm(range(study.timing_rounds + 1), desc="timing", unit="round", disable=None):
         for name, several in steps.items():
             for i, one in enumerate(several):
                 start = time.perf_counter()

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 from tiny import assert_same
+from tqdm import tqdm
 
 import ssam_jax
-from ssam_experiments import compare, report, train
+from ssam_experiments import compare, train
 from ssam_experiments.config import Config
 from ssam_experiments.running import loop, preparation
 from ssam_experiments.running.metrics import read_rows
@@ -169,10 +170,12 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and 2 <= len(read_rows(metrics)) < 6
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    resumed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "\nepoch 6 of 6: training loss " in resumed.stdout and "%, test accuracy " in resumed.stdout
+    assert "step/s" not in resumed.stderr and "\r" not in resumed.stderr  # a bar is for a terminal
     assert [settled(row) for row in read_rows(metrics)] == [settled(row) for row in rows]
-    resumed = loop.train(changed)[0]  # finished: the last checkpoint is read
-    assert_same(arrays(resumed), arrays(state))
+    final = loop.train(changed)[0]  # finished: the last checkpoint is read
+    assert_same(arrays(final), arrays(state))
     assert {"learning_curves.png", "mask_density.png"} <= {path.name for path in changed.out.iterdir()}
 
 
@@ -250,6 +253,11 @@ def test_the_command_line_says_in_a_sentence_what_is_wrong(tmp_path, capsys):
         ),
         (["--dataset", "cifar10", "--data", str(tmp_path / "none")], "none"),
         (["--model", "vgg11-bn"], "32x32"),
+        (
+            ["--method", "ssam-fixed", "--perturb", "Head", "--model", "mlp"],
+            "--perturb 'Head' matches none of the 6 parameters; some of them: head/bias, head/kernel,"
+            " hidden_1/bias, hidden_2/bias, hidden_2/kernel",
+        ),
         (["--batch", "2000"], "--batch must be at most the 1297 training examples, got 2000"),
         (["--devices", "16", "--batch", "16"], "--devices must be at most the 8 there are"),
     ):
@@ -272,6 +280,33 @@ def test_runs_are_compared_by_what_differs_and_averaged_over_seeds(tmp_path, cap
         compare.grouped((tmp_path,))
 
 
-def test_spreads_are_sample_standard_deviations():
-    assert report.spread([1.0, 3.0], 2) == "2.00 ± 1.41"
-    assert report.spread([1.25], 1) == "1.2"
+def test_steps_that_compile_are_not_measured(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def taking(seconds):
+        def step():
+            now[0] += seconds
+            return "result"
+
+        return step
+
+    pace = loop.Pace(tqdm(total=9, disable=True))
+    now[0] += 20  # the first batch is slow to come
+    assert pace.step(taking(50), "with the ascent", None) == "result"
+    assert pace.steps_per_second() is None
+    pace.step(taking(1), "with the ascent", None)
+    pace.step(taking(50), "without", None)
+    pace.step(taking(0.5), "without", None)
+    pace.step(taking(1.5), "with the ascent", None)
+    assert pace.steps_per_second() == pytest.approx(3 / (1 + 0.5 + 1.5))
+    pace.start()
+    pace.step(taking(2), "without", None)
+    assert pace.steps_per_second() == pytest.approx(0.5)
+
+
+def test_an_epoch_s_speed_leaves_out_the_compilation(tmp_path):
+    _, _, rows = trained(tmp_path, method="sam", lr=0.01, batch=32)
+    assert all("images_per_second" in row for row in rows)  # of two steps, in the first epoch of one
+    only = trained(tmp_path / "only", method="sam", lr=0.01, batch=64, epochs=1)[2]
+    assert "images_per_second" not in only[0]

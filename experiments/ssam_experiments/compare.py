@@ -1,7 +1,7 @@
-"""Compare runs of train.py: ``python examples/compare.py outputs/sgd outputs/sam outputs/ssam``.
+"""Compare runs: ``python -m ssam_experiments.compare outputs/sgd outputs/sam outputs/ssam``.
 
-Runs that differ in their seed alone are averaged. A run is named by the settings in which it differs from
-the others.
+Runs that differ only in their seed are averaged. The settings in which a run differs from the others are its
+name.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Comparison:
     """Print a table of several runs and draw their learning curves."""
 
     runs: tyro.conf.Positional[tuple[pathlib.Path, ...]]
-    """Folders of runs, the --out of train.py."""
+    """Folders of runs, the --out of the trainer."""
     out: pathlib.Path = pathlib.Path("outputs/compare")
     """Folder for table.md and learning_curves.png."""
 

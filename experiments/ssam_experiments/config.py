@@ -4,7 +4,9 @@ import dataclasses
 import math
 import pathlib
 import re
-from typing import Any, Literal
+from typing import Literal
+
+from ssam_experiments.ranges import Rule, check_ranges
 
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "imagenet"]
 Model = Literal[
@@ -24,7 +26,7 @@ Criterion = Literal["gradient", "weight", "random"]
 class Config:
     """Train a network with SGD, Adam or AdamW, plain or sharpness-aware (SAM, sparse SAM).
 
-    A run that was killed goes on where its last checkpoint was when the same command is given again.
+    Give the same command again to resume a run that was killed from its last checkpoint.
     """
 
     preset: Preset = "none"
@@ -83,8 +85,8 @@ class Config:
     adaptive: bool = False
     """Scale the perturbation by the parameters' magnitude (ASAM)."""
     normalize: Literal["global", "masked"] = "global"
-    """Normalise the perturbation before it is masked, as the paper, or after. After, with a mask of
-    whole tensors, the first pass computes the gradient of the perturbed tensors only."""
+    """Normalize the perturbation before it is masked, as the paper, or after. After, with a mask of
+    whole tensors, the first pass computes only the gradient of the perturbed tensors."""
     form: Literal["explicit", "implicit"] = "explicit"
     """Mask the perturbation, or the weights in the first backward pass."""
     pattern: Literal["unstructured", "structured", "n:m"] = "unstructured"
@@ -118,13 +120,13 @@ class Config:
     ascent_from: int = 0
     """Perturb from this epoch on, counted from 0."""
     ascent_fraction: float = 1.0
-    """Share of the batch whose gradient gives the perturbation. Loss, accuracy and batch statistics
-    are of that share too."""
+    """Share of the batch whose gradient gives the perturbation, and of which loss, accuracy and batch
+    statistics are."""
 
     seed: int = 0
     """Of initialization, data order, augmentation, dropout and masks."""
     devices: int = 1
-    """Devices to spread each batch over, those of all processes. Batch statistics are of the whole batch."""
+    """Devices of all processes to spread each batch over. Batch statistics are of the entire batch."""
     fsdp: bool = False
     """Split parameters, their masks and the optimizer's state over the devices, rather than keep a copy on
     each: every array by the largest of its axes that --devices divides."""
@@ -136,13 +138,13 @@ class Config:
     """HOST:PORT at which process 0 listens to the others; or auto, on TPU pods and under SLURM or Open MPI,
     where JAX finds out all three."""
     heartbeat: int = 100
-    """Seconds without a sign of life after which a process is taken for dead, and the others end too."""
+    """Seconds of silence after which a process counts as dead, and the others end too."""
     out: pathlib.Path = pathlib.Path("outputs/train")
-    """Folder for metrics.jsonl, checkpoints and pictures; a run of its own needs one of its own."""
+    """Folder for metrics.jsonl, checkpoints and pictures; each run needs its own."""
     evaluate_every: int = 1
     """Epochs between two evaluations; the last epoch always has one."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints, beside those at the end of each epoch."""
+    """Steps between two checkpoints, in addition to those at the end of each epoch."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too (needs tensorboardX)."""
     wandb: bool = False
@@ -189,21 +191,21 @@ def check(config: Config) -> None:
         "epochs", "batch", "n", "m", "refresh_epochs", "fisher_samples", "ascent_every", "devices",
         "processes", "heartbeat",
     )  # fmt: skip
-    rules: list[tuple[str, Any, tuple[str, ...]]] = [
-        ("at least 1", lambda v: v is None or v >= 1, (*at_least_1, "evaluate_every", "checkpoint_every")),
-        ("at least 0", lambda v: v >= 0, ("validation", "workers", "process_id")),
-        ("from 0 to below 2**31", lambda v: 0 <= v < 2**31, ("seed",)),
-        ("finite and above 0", lambda v: 0 < v < math.inf, ("lr", "rho", "decay")),
-        ("finite and at least 0", lambda v: 0 <= v < math.inf, ("weight_decay", "warmup")),
-        ("from 0 to below 1", lambda v: 0 <= v < 1, ("label_noise", "momentum")),
-        ("from 0 to 1", lambda v: 0 <= v <= 1, ("sparsity", "drop_fraction")),
-        ("above 0 and at most 1", lambda v: 0 < v <= 1, ("ascent_fraction",)),
-        (f"from 0 to the {config.epochs} epochs", lambda v: 0 <= v <= config.epochs, ("ascent_from",)),
-    ]
-    for wanted, holds, names in rules:
-        for name in names:
-            if not holds(getattr(config, name)):
-                raise ValueError(f"--{_flag(name)} must be {wanted}, got {getattr(config, name)}.")
+    rules: dict[str, Rule] = {
+        "at least 1": (
+            lambda v: v is None or v >= 1,
+            (*at_least_1, "evaluate_every", "checkpoint_every"),
+        ),
+        "at least 0": (lambda v: v >= 0, ("validation", "workers", "process_id")),
+        "from 0 to below 2**31": (lambda v: 0 <= v < 2**31, ("seed",)),
+        "finite and above 0": (lambda v: 0 < v < math.inf, ("lr", "rho", "decay")),
+        "finite and at least 0": (lambda v: 0 <= v < math.inf, ("weight_decay", "warmup")),
+        "from 0 to below 1": (lambda v: 0 <= v < 1, ("label_noise", "momentum")),
+        "from 0 to 1": (lambda v: 0 <= v <= 1, ("sparsity", "drop_fraction")),
+        "above 0 and at most 1": (lambda v: 0 < v <= 1, ("ascent_fraction",)),
+        f"from 0 to the {config.epochs} epochs": (lambda v: 0 <= v <= config.epochs, ("ascent_from",)),
+    }
+    check_ranges(config, rules, lambda name: f"--{name.replace('_', '-')}")
     for wrong, sentence in _conflicts(config):
         if wrong:
             raise ValueError(sentence)
@@ -258,8 +260,8 @@ def _conflicts(c: Config) -> list[tuple[bool, str]]:
         (c.batch % c.devices != 0, f"--batch must be divisible by --devices, got {c.batch} and {c.devices}."),
         (
             part % c.devices != 0 or part == 0,
-            f"--ascent-fraction of --batch must be a whole number of examples on each device, got {part:g} on"
-            f" {c.devices}.",
+            "--ascent-fraction of --batch must be an integer number of examples on each device, got"
+            f" {part:g} on {c.devices}.",
         ),
         (
             not auto and bool(c.coordinator) and not (host and port.isdecimal()),
@@ -296,7 +298,3 @@ def _is_expression(text: str) -> bool:
     except re.error:
         return False
     return True
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")

@@ -2,10 +2,10 @@
 
 For smooth non-convex losses with bounded stochastic gradients, a learning rate of ``lr / sqrt(t)`` and a
 radius of ``rho / sqrt(t)``, the average over the steps t <= T of the squared gradient norm falls as
-``O(log T / sqrt T)``, for sparse SAM as for SAM (Mi et al., arXiv 2306.17504). Here the average is measured,
-of the exact gradient at the iterates, and a line ``c log T / sqrt T`` is fitted to its first part and tested
-on the rest. The script exits with 1, and names the curve, if one falls slower. docs/convergence.md shows
-what came out.
+``O(log T / sqrt T)``, for sparse SAM as for SAM (Mi et al., arXiv 2306.17504). This command measures that
+average of the exact gradient at the iterates, fits a line ``c log T / sqrt T`` to its first part and tests
+it on the rest. It exits with 1, and names the curve, if one falls slower. docs/convergence.md shows
+the results.
 """
 
 import dataclasses
@@ -29,12 +29,8 @@ from tqdm import tqdm
 import ssam_jax
 from ssam_experiments.many_runs import axes_of_runs
 from ssam_experiments.ranges import Rule, check_ranges
+from ssam_experiments.rates import bound, checkpoints, judge, paired_ratio, standard_error
 
-CHECKPOINTS = 100  # the numbers of steps T at which averages are kept, evenly spread on a log axis
-ERRORS = 3  # standard errors over the seeds that count as chance, in the height of a curve and in its slope
-STEEPNESS = (
-    0.01  # the difference of two slopes that is none, where seeds agree so well that their error is tiny
-)
 STYLES = ("-", "--", ":", "-.")  # by sparsity
 
 
@@ -47,7 +43,7 @@ class Config:
     steps: int = 20_000
     """Steps T of a run."""
     problems: tuple[str, ...] = ("matrix", "network")
-    """Losses: "matrix", a matrix factorisation; "network", a regression with a tanh network."""
+    """Losses: "matrix", a matrix factorization; "network", a regression with a tanh network."""
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.95)
     """Shares of the parameters that sparse SAM leaves unperturbed; none leaves SGD and SAM."""
     batch: int = 4
@@ -65,7 +61,7 @@ class Config:
     fit: tuple[float, float] = (0.01, 0.1)
     """The part of the run on which c is fitted, in shares of the steps; all later T are for the test."""
     tolerance: float = 0.05
-    """By how much a mean curve may exceed its line, relative to it, beside three standard errors."""
+    """By how much a mean curve may exceed its line, relative to it, besides three standard errors."""
     out: pathlib.Path = pathlib.Path("outputs/convergence")
     """Folder for the table, the picture and results.json."""
 
@@ -79,41 +75,12 @@ class Problem(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A curve: colour, line style, whether there is a perturbation, its mask rule as a function of a seed."""
+    """A curve: color, line style, whether there is a perturbation, its mask rule as a function of a seed."""
 
     color: str
     style: str
     perturbed: bool
     mask: Callable[[Any], ssam_jax.MaskRule | None]
-
-
-class Verdict(NamedTuple):
-    """What the fit and its test say of a curve; the numbers are NaN if the curve is not finite.
-
-    Attributes:
-      constants: each seed's c, of shape (seeds,), fitted on the window.
-      needed: the c that the mean over the seeds would need at the last T.
-      slope: of the mean after the window, on log axes.
-      slope_error: standard error of the slope.
-      bound_slope: the slope of log T / sqrt T at the same T.
-      excess: of the mean over the line after the window, relative to the line, where it comes nearest to
-        what is allowed or furthest above it.
-      allowed: tolerance and standard errors there.
-    """
-
-    constants: np.ndarray
-    needed: float
-    slope: float
-    slope_error: float
-    bound_slope: float
-    excess: float
-    allowed: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the curve stays below its line and is as steep; False for one that is not finite."""
-        steep = self.slope <= self.bound_slope + ERRORS * self.slope_error + STEEPNESS
-        return bool(steep and self.excess <= self.allowed)
 
 
 def make_problem(name: str) -> Problem:
@@ -131,7 +98,7 @@ def make_problem(name: str) -> Problem:
 
 
 def make_methods(config: Config) -> dict[str, Method]:
-    """Return the methods by name, in the Okabe-Ito colours."""
+    """Return the methods by name, in the Okabe-Ito colors."""
     methods = {
         "SGD": Method("#000000", "-", False, lambda seed: None),
         "SAM": Method("#D55E00", "-", True, lambda seed: None),
@@ -154,7 +121,7 @@ def decaying(first: float, decay: float) -> optax.Schedule:
 
 
 def make_run(config: Config, problem: Problem, method: Method) -> Callable[[jax.Array], jax.Array]:
-    """Return a compiled function of the seeds, whole runs in one scan.
+    """Return a compiled function of the seeds, each run in one scan.
 
     It returns the squared norms of the exact gradients at the iterates, float32 of shape (steps, seeds).
     """
@@ -201,67 +168,6 @@ def draw(config: Config, problem: Problem) -> tuple[jax.Array, Any, jax.Array]:
     size = (config.steps, config.batch)
     rows = np.stack([rng.integers(problem.examples, size=size, dtype=np.int32) for rng in rngs], axis=1)
     return jnp.arange(config.seeds), params, jnp.asarray(rows)
-
-
-def checkpoints(steps: int) -> np.ndarray:
-    """Return the numbers of steps T at which averages are kept, from 2 on, for at T = 1 the bound is 0."""
-    return np.unique(np.geomspace(2, steps, CHECKPOINTS).round().astype(np.int64))
-
-
-def bound(at: np.ndarray) -> np.ndarray:
-    """Return log T / sqrt T."""
-    return np.log(at) / np.sqrt(at)
-
-
-def judge(at: np.ndarray, averages: np.ndarray, window: tuple[float, float], tolerance: float) -> Verdict:
-    """Fit ``c log T / sqrt T`` to curves on a window, and test whether their mean obeys it afterwards.
-
-    It has to stay below the line, and to be as steep: the first steps, which often fall faster, can lift
-    the line so far that a curve which has stopped falling takes long to reach it. c is the mean over the
-    window of ``average / (log T / sqrt T)``: least squares, in relative terms. Each seed has its own c, so
-    that the standard error of the excess is that of paired differences.
-
-    Args:
-      at: numbers of steps T of shape (checkpoints,), above 1.
-      averages: the average of the squared gradient norm up to each T, of shape (checkpoints, seeds).
-      window: first and last T of the fit; later ones are for the test.
-      tolerance: by how much the mean may exceed its line, relative to it, beside three standard errors.
-
-    Returns:
-      A `Verdict`.
-
-    Raises:
-      ValueError: there are fewer than two seeds, or two T in the window or after it.
-    """
-    inside, after = (window[0] <= at) & (at <= window[1]), at > window[1]
-    seeds = averages.shape[1]
-    if seeds < 2 or min(inside.sum(), after.sum()) < 2:
-        raise ValueError(
-            f"averages must hold at least 2 seeds, and 2 numbers of steps in the window {window} and after"
-            f" it; got {seeds} seeds, {inside.sum()} and {after.sum()} numbers of steps."
-        )
-    if not np.all(np.isfinite(averages)):
-        return Verdict(np.full(seeds, np.nan), *[math.nan] * 6)
-    ratios = averages / bound(at)[:, None]
-    constants = ratios[inside].mean(axis=0)
-    differences = (ratios[after] - constants) / constants.mean()
-    excess = differences.mean(axis=1)
-    allowed = tolerance + ERRORS * standard_error(differences)
-    worst = np.argmax(excess - allowed)
-    slope = lambda curve: np.polyfit(np.log(at[after]), np.log(curve[after]), 1)[0]  # noqa: E731
-    mean = averages.mean(axis=1)
-    # Left out in turn, the seeds say how sure the slope of their mean is (the jackknife).
-    slopes = np.array([slope((seeds * mean - one) / (seeds - 1)) for one in averages.T])
-    error = (seeds - 1) * standard_error(slopes)
-    line = slope(bound(at))
-    return Verdict(
-        constants, *map(float, (ratios[-1].mean(), slope(mean), error, line, excess[worst], allowed[worst]))
-    )
-
-
-def standard_error(values: np.ndarray) -> np.ndarray:
-    """Return the standard error of the mean over the last axis, the seeds."""
-    return values.std(axis=-1, ddof=1) / math.sqrt(values.shape[-1])
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -330,13 +236,6 @@ def growth(results: dict[str, Any]) -> str:
             ratio, error = paired_ratio(curves[f"{rule} {high}"], curves[f"{rule} {low}"])
             lines.append(f"| {which} | {rule} | {ratio:.3f} ± {error:.3f} |")
     return "\n".join(lines)
-
-
-def paired_ratio(curve: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
-    """Return the ratio of two curves' mean c and its standard error; seeds share their start and batches."""
-    above, below = np.array(curve["constants"]), np.array(other["constants"])
-    ratio = above.mean() / below.mean()
-    return float(ratio), float(standard_error(above - ratio * below) / below.mean())
 
 
 def slower(results: dict[str, Any]) -> list[str]:

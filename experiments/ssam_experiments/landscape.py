@@ -1,11 +1,11 @@
 """Loss landscapes and Hessian spectra of SGD, SAM and sparse SAM, as in the paper (arXiv 2306.17504).
 
-By default it trains the network of digits.py on digits with noisy labels, where SGD memorises them. Runs of
-train.py are measured instead if their folders are named::
+By default it trains a small network on digits with noisy labels, which SGD memorizes. Name the folders of
+runs of the trainer to measure these instead::
 
-    python examples/landscape.py --checkpoints SGD=outputs/sgd SAM=outputs/sam
+    python -m ssam_experiments.landscape --checkpoints SGD=outputs/sgd SAM=outputs/sam
 
-Losses are those of training examples, in nats, without dropout and with batch normalisation's running
+Losses are those of training examples, in nats, without dropout and with batch normalization's running
 statistics. The two directions of a landscape are random, the same for all runs, and scaled filter by filter
 to the run's own weights (Li et al., arXiv 1712.09913).
 """
@@ -45,7 +45,7 @@ class Config:
     """Draw loss landscapes and Hessian spectra of several runs; print a table of their sharpness."""
 
     checkpoints: tuple[str, ...] = ()
-    """NAME=FOLDER for each run of train.py, to be measured at its last checkpoint; runs of one NAME are
+    """NAME=FOLDER for each run of the trainer, measured at its last checkpoint; runs of one NAME are
     averaged in the table, and the first of them is drawn."""
     data: pathlib.Path | None = None
     """Folder of the data set of --checkpoints, if it is no longer where it was."""
@@ -65,7 +65,7 @@ class Config:
     lr: float = 0.05
     """Peak learning rate, the same for every method."""
     weight_decay: float = 5e-4
-    """Weight decay, the same for every method; SGD memorises the wrong labels with a small one only."""
+    """Weight decay, the same for every method; SGD memorizes the wrong labels with a small one only."""
     rho_sam: float = 0.6
     """Radius of the perturbation for dense SAM."""
     rho_ssam: float = 0.6
@@ -102,7 +102,7 @@ TRAINING = (
     "rho_ssam",
     "sparsity",
 )
-"""Settings of the training on digits, of the same names as in digits.py."""
+"""Settings of the training on digits, with the names that `noisy_digits.Config` has."""
 
 
 class Run(NamedTuple):
@@ -146,11 +146,11 @@ def trained(config: Config) -> dict[str, list[Run]]:
 
 
 def loaded(config: Config) -> dict[str, list[Run]]:
-    """Load runs of train.py, by name, on one device and to be computed with in float32.
+    """Load runs of the trainer by name, on one device and in float32.
 
     Raises:
-      FileNotFoundError: the data of a run are not where they were.
-      ValueError: a folder holds no run or no checkpoint, or there are fewer examples than are wanted.
+      FileNotFoundError: the data of a run are missing.
+      ValueError: a folder holds no run or no checkpoint, or a run has too few examples.
     """
     runs: dict[str, list[Run]] = {}
     for name, folder in named_folders(config):
@@ -287,13 +287,13 @@ def draw_landscapes(config: Config, found: dict[str, Measured]) -> Figure:
 
 
 def draw_spectra(found: dict[str, Measured]) -> Figure:
-    """Return the spectra over one another, as a whole and where the flattest network's lies."""
+    """Return the spectra over one another: all of them, and the range of the flattest network."""
     spectra = {name: measured.spectrum for name, measured in found.items()}
     ends = [(float(np.min(s.nodes)), float(np.max(s.nodes))) for s in spectra.values()]
     low, high = min(ends, key=lambda pair: pair[1] - pair[0])
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    whole, near = figure.subplots(1, 2)
-    plotting.plot_spectra(spectra, whole)
+    everything, near = figure.subplots(1, 2)
+    plotting.plot_spectra(spectra, everything)
     width = (high - low) / 50
     plotting.plot_spectra(spectra, near, width=width)
     near.set(xlim=(low - 5 * width, high + 5 * width), title="the smallest spectrum's range, finer")
@@ -325,7 +325,7 @@ def as_lists(arrays: Any) -> dict[str, Any]:
 
 
 def digits_settings(config: Config) -> noisy_digits.Config:
-    """Return the settings of the training, for digits.py."""
+    """Return the settings of the training on digits."""
     return noisy_digits.Config(**{name: getattr(config, name) for name in TRAINING})
 
 

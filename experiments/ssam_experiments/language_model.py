@@ -1,21 +1,17 @@
 """A character-level transformer on the standard library's documentation: AdamW, SAM and sparse SAM.
 
-The parameters of all layers are stacked and the layers are one ``lax.scan`` of rematerialised blocks, so
+The parameters of all layers are stacked and the layers are one ``lax.scan`` of rematerialized blocks, so
 that ``Structured(..., "channel", axis=0)`` chooses layers through the leading axis. Parameters, optimizer
 state and batch are spread over all devices there are (FSDP). The same command runs on one CPU, and with
 ``--distributed`` once in every process of a pod slice.
 """
 
-import ast
 import dataclasses
 import functools
 import math
-import pathlib
 import platform
 import statistics
-import sysconfig
 import time
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,10 +23,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import ssam_jax
+from ssam_experiments.corpus import CHARACTERS, Corpus, encode, read_corpus
+from ssam_experiments.ranges import Rule, check_ranges
+from ssam_experiments.transformer import AXIS, apply, init_params, like_params, sharded
 
-AXIS = "data"
-HELD_OUT = 10  # every tenth module is for evaluation
-CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 PROMPT = "Return the "
 TEMPERATURE = 0.7
 
@@ -78,14 +74,6 @@ class Config:
     """Call ``jax.distributed.initialize()`` first: one process of many, on a pod slice or under SLURM."""
 
 
-class Corpus(NamedTuple):
-    """Text as indices into `CHARACTERS`, int32 of shape (characters,)."""
-
-    train: np.ndarray
-    held_out: np.ndarray
-    modules: int
-
-
 class Method(NamedTuple):
     """A row of the table: its radius, mask rule, and whether only some leaves are perturbed at all."""
 
@@ -112,84 +100,6 @@ class Result(NamedTuple):
     opt_state: Any
 
 
-def read_corpus() -> Corpus:
-    """Return the documentation strings of the standard library's top-level modules, in order of their names.
-
-    Whole modules are held out. The text depends on the version of Python alone.
-    """
-    texts = []
-    for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        strings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-        text = "\n\n".join(filter(None, strings))
-        if text:
-            texts.append("".join(c for c in text.expandtabs() if c in CHARACTERS) + "\n\n")
-    held_out = "".join(texts[HELD_OUT - 1 :: HELD_OUT])
-    train = "".join(text for i, text in enumerate(texts) if i % HELD_OUT != HELD_OUT - 1)
-    return Corpus(encode(train), encode(held_out), len(texts))
-
-
-def encode(text: str) -> np.ndarray:
-    """Return the indices of a text's characters."""
-    return np.array([CHARACTERS.index(c) for c in text], np.int32)
-
-
-def init_params(config: Config, key: jax.Array) -> Any:
-    """Return the parameters; those of the layers have a leading axis of layers.
-
-    Layers start as the identity, which trains faster in few steps.
-    """
-    width, layers, names = config.width, config.layers, iter(range(9))
-
-    def normal(*shape: int, scale: float | None = None) -> jax.Array:
-        scale = shape[-2] ** -0.5 if scale is None else scale
-        return scale * jax.random.normal(jax.random.fold_in(key, next(names)), shape)
-
-    return {
-        "embed": normal(len(CHARACTERS), width, scale=1.0),
-        "layers": {
-            "attention": normal(layers, width, 3 * width),
-            "attention_out": jnp.zeros((layers, width, width)),
-            "attention_scale": jnp.ones((layers, width)),
-            "perceptron": normal(layers, width, 4 * width),
-            "perceptron_out": jnp.zeros((layers, 4 * width, width)),
-            "perceptron_scale": jnp.ones((layers, width)),
-        },
-        "scale": jnp.ones(width),
-        "head": normal(width, len(CHARACTERS)),
-    }
-
-
-def apply(
-    config: Config, params: Any, tokens: jax.Array, place: Callable[[jax.Array], jax.Array] = lambda x: x
-) -> jax.Array:
-    """Return logits of shape (sequences, characters, vocabulary) for tokens of shape (sequences, characters).
-
-    Attention is biased towards what is near, a slope for each head (ALiBi, arXiv 2108.12409). ``place`` says
-    where activations lie, so that devices gather the weights of a layer, not its activations.
-    """
-    position = jnp.arange(tokens.shape[1], dtype=jnp.float32)
-    slopes = 4.0 ** -jnp.arange(config.heads, dtype=jnp.float32)
-    bias = -slopes[None, :, None, None] * (position[:, None] - position[None])[None, None]
-
-    def normed(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
-
-    @jax.checkpoint
-    def block(x: jax.Array, layer: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        qkv = normed(x, layer["attention_scale"]) @ layer["attention"]
-        q, k, v = jnp.split(qkv.reshape(*x.shape[:2], 3 * config.heads, -1), 3, axis=2)
-        attended = jax.nn.dot_product_attention(q, k, v, bias, is_causal=True).reshape(x.shape)
-        x = place(x + attended @ layer["attention_out"])
-        hidden = jax.nn.gelu(normed(x, layer["perceptron_scale"]) @ layer["perceptron"])
-        return place(x + hidden @ layer["perceptron_out"]), None
-
-    x = place(params["embed"][tokens])
-    x, _ = jax.lax.scan(block, x, params["layers"])
-    return normed(x, params["scale"]) @ params["head"]
-
-
 def make_methods(config: Config) -> dict[str, Method]:
     """Return the rows of the table by name. A radius of 0 is AdamW alone, at its price."""
     if config.mask == "fisher":
@@ -206,36 +116,6 @@ def make_methods(config: Config) -> dict[str, Method]:
         sparse = Method(config.rho, ssam_jax.fixed_mask(tree), some_leaves=True)
     rows = {"adamw": ("AdamW", Method(0.0)), "sam": ("SAM", Method(config.rho)), "ssam": (name, sparse)}
     return dict(rows[method] for method in config.methods)
-
-
-def sharded(params: Any, mesh: Mesh) -> Any:
-    """Return a sharding for each parameter: by its largest axis that the devices divide, or replicated.
-
-    The leading axis of the layers' parameters is left whole: the scan runs along it.
-    """
-
-    def choose(path: Any, leaf: Any) -> NamedSharding:
-        first = 1 if path[0].key == "layers" else 0
-        fitting = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % mesh.size == 0]
-        spec = [None] * leaf.ndim
-        if fitting:
-            spec[max(fitting, key=lambda axis: leaf.shape[axis])] = AXIS
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree_util.tree_map_with_path(choose, params)
-
-
-def like_params(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Return shardings for an optimizer's state: a parameter's for what has its path's end and its shape."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    known = {path: (leaf.shape, s) for (path, leaf), s in zip(leaves, jax.tree.leaves(shardings))}
-
-    def choose(path: Any, leaf: Any) -> NamedSharding:
-        ends = (known.get(path[i:], ((), None)) for i in range(len(path)))
-        found = [sharding for shape, sharding in ends if sharding and shape == leaf.shape]
-        return found[0] if found else NamedSharding(mesh, PartitionSpec())
-
-    return jax.tree_util.tree_map_with_path(choose, state)
 
 
 def windows(text: np.ndarray, config: Config, starts: np.ndarray, mesh: Mesh) -> jax.Array:
@@ -257,12 +137,12 @@ def train(config: Config, method: Method, corpus: Corpus, mesh: Mesh, bar: tqdm)
     )
 
     def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = apply(config, params, tokens[:, :-1], place)
+        logits = apply(params, tokens[:, :-1], config.heads, place)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return jnp.mean(loss) / math.log(2)
 
     def init(key: jax.Array) -> tuple[Any, Any]:
-        params = init_params(config, key)
+        params = init_params(key, config.width, config.layers, len(CHARACTERS))
         return params, tx.init(params)
 
     key = jax.random.key(config.seed)
@@ -307,7 +187,7 @@ def generate(config: Config, params: Any, mesh: Mesh) -> str:
     def run(params: Any, window: jax.Array) -> jax.Array:
         def body(carry: tuple[jax.Array, jax.Array], key: jax.Array) -> Any:
             window, length = carry
-            logits = apply(config, params, window[None])[0, length - 1]
+            logits = apply(params, window[None], config.heads)[0, length - 1]
             token = jax.random.categorical(key, logits / TEMPERATURE).astype(jnp.int32)
             full = length == config.context
             window = jnp.where(full, jnp.roll(window, -1), window)
@@ -353,33 +233,22 @@ def table(results: dict[str, Result]) -> str:
 
 def check(config: Config, devices: int, corpus: Corpus) -> None:
     """Raise ValueError, naming the setting, unless all are in range."""
-    for name in ("steps", "batch", "context", "width", "layers", "heads", "refresh_every", "evaluation"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
-    for name in ("batch", "evaluation"):
-        if getattr(config, name) % devices:
-            raise ValueError(
-                f"{name} must be a multiple of the devices, {devices}, got {getattr(config, name)}."
-            )
+    longest = min(len(corpus.train), len(corpus.held_out)) - 2
+    positive = ("steps", "batch", "context", "width", "layers", "heads", "refresh_every", "evaluation")
+    rules: dict[str, Rule] = {
+        "at least 1": (lambda v: v >= 1, positive),
+        f"a multiple of the devices, {devices}": (lambda v: v % devices == 0, ("batch", "evaluation")),
+        f"a multiple of heads, {config.heads}": (lambda v: v % config.heads == 0, ("width",)),
+        f"at most {longest}, the length of the text": (lambda v: v <= longest, ("context",)),
+        f"from 1 to layers, {config.layers}": (lambda v: 1 <= v <= config.layers, ("last",)),
+        "from 0 to 1": (lambda v: 0 <= v <= 1, ("sparsity",)),
+        "at least 0": (lambda v: v >= 0, ("seed", "sample")),
+        "finite and above 0": (lambda v: 0 < v < math.inf, ("lr", "rho")),
+        "finite and at least 0": (lambda v: 0 <= v < math.inf, ("weight_decay",)),
+    }
+    check_ranges(config, rules)
     if not config.methods or len(set(config.methods)) < len(config.methods):
         raise ValueError(f"methods must name at least one, and none twice, got {config.methods}.")
-    if config.width % config.heads:
-        raise ValueError(f"width must be a multiple of heads, {config.heads}, got {config.width}.")
-    longest = min(len(corpus.train), len(corpus.held_out)) - 2
-    if config.context > longest:
-        raise ValueError(f"context must be at most {longest}, the length of the text, got {config.context}.")
-    if not 1 <= config.last <= config.layers:
-        raise ValueError(f"last must be from 1 to layers, {config.layers}, got {config.last}.")
-    if not 0 <= config.sparsity <= 1:
-        raise ValueError(f"sparsity must be from 0 to 1, got {config.sparsity}.")
-    for name in ("seed", "sample"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must be at least 0, got {getattr(config, name)}.")
-    for name in ("lr", "rho"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be finite and above 0, got {getattr(config, name)}.")
-    if not 0 <= config.weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be finite and at least 0, got {config.weight_decay}.")
 
 
 def main(config: Config) -> None:

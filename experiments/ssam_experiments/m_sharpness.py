@@ -4,8 +4,8 @@ Where every device takes the ascent gradient of its own part of the batch, the p
 ``m = batch / devices`` examples at a time, which Foret et al. (arXiv 2010.01412) call m-sharpness, and one of
 the two all-reduces of a step falls away. docs/m_sharpness.md explains the pattern.
 
-Data, network and settings are those of digits.py, with its noisy training labels. On a CPU the script makes
-as many virtual devices as it is asked for; on other hardware it takes what is there.
+Data and network are those of `noisy_digits`. On a CPU the command makes as many virtual devices as it needs;
+on other hardware it takes the devices there are.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from tqdm import tqdm
 import ssam_jax
 from ssam_experiments import noisy_digits
 from ssam_experiments.many_runs import axes_of_runs
+from ssam_experiments.ranges import Rule, check_ranges
 from ssam_experiments.report import mean_std
 
 AXIS = "data"
@@ -251,22 +252,20 @@ def table(rows: Sequence[Row], config: Config) -> str:
 
 def check(config: Config) -> None:
     """Raise ValueError, naming the setting, unless all are in range."""
-    for name in ("devices", "seeds", "epochs", "width"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
+    rules: dict[str, Rule] = {
+        "at least 1": (lambda v: v >= 1, ("devices", "seeds", "epochs", "width")),
+        "from 0 to below 1": (lambda v: 0 <= v < 1, ("noise",)),
+        "finite and above 0": (lambda v: 0 < v < np.inf, ("lr",)),
+        "finite and at least 0": (lambda v: 0 <= v < np.inf, ("weight_decay",)),
+    }
+    check_ranges(config, rules)
     if not 1 <= config.batch <= noisy_digits.TRAIN or config.batch % config.devices:
         raise ValueError(
             f"batch must be a multiple of devices, {config.devices}, and at most {noisy_digits.TRAIN},"
             f" got {config.batch}."
         )
-    if not 0 <= config.noise < 1:
-        raise ValueError(f"noise must be from 0 to below 1, got {config.noise}.")
     if not config.rhos or not all(0 < rho < np.inf for rho in config.rhos):
         raise ValueError(f"rhos must hold finite numbers above 0, got {config.rhos}.")
-    if not 0 < config.lr < np.inf:
-        raise ValueError(f"lr must be finite and above 0, got {config.lr}.")
-    if not 0 <= config.weight_decay < np.inf:
-        raise ValueError(f"weight_decay must be finite and at least 0, got {config.weight_decay}.")
 
 
 def main(config: Config) -> None:

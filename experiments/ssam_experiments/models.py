@@ -5,7 +5,7 @@ with convolutions, the ones in github.com/Mi-Peng/Sparse-Sharpness-Aware-Minimiz
 
 - ResNet (arXiv 1512.03385): for ImageNet that of torchvision, with the stride of a bottleneck in its 3x3
   convolution; for CIFAR the same behind a stem of one 3x3 convolution and no pooling.
-- Wide ResNet (arXiv 1605.07146): normalisation before convolution, and no dropout.
+- Wide ResNet (arXiv 1605.07146): normalization before convolution, and no dropout.
 - VGG with BatchNorm (arXiv 1409.1556): its dense layers see 7x7 features of ImageNet images, 1x1 of CIFAR's.
 - ViT (arXiv 2010.11929) of the size of DeiT-S (arXiv 2012.12877), with a class token and no dropout.
 
@@ -19,8 +19,8 @@ Names of parameters, for masks by path; layers are numbered from 1 in the order 
   ``norm``, ``head``; ``attention`` has ``query``, ``key``, ``value`` and ``out``.
 - MLP: ``hidden_1``, ``hidden_2``, ``head``.
 
-Below these are ``kernel`` and ``bias``, and in normalisations ``scale`` and ``bias``. So ``(^|/)norm`` finds
-the normalisations of every model and nothing else, and ``^(stage_4/block_2|head)/`` the last block of a
+Below these are ``kernel`` and ``bias``, and in normalizations ``scale`` and ``bias``. So ``(^|/)norm`` finds
+the normalizations of every model and nothing else, and ``^(stage_4/block_2|head)/`` the last block of a
 ResNet-18 and its head. BatchNorm statistics are in the collection ``batch_stats``; ViT and MLP have none.
 """
 
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 Stem = Literal["cifar", "imagenet"]
 
 # Convolutions start as in torchvision and in the wide ResNet: gradients keep their variance on the way back.
-# Dense layers start as is usual in Flax, and every normalisation with scale 1, the last of a block too.
+# Dense layers start as is usual in Flax, and every normalization with scale 1, the last of a block too.
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -46,7 +46,7 @@ def conv(channels: int, size: int, stride: int, dtype: Any, name: str, use_bias:
 
 
 def batch_norm(train: bool, dtype: Any, name: str) -> nn.BatchNorm:
-    """Return a normalisation with the constants of PyTorch, and statistics in float32.
+    """Return a normalization with the constants of PyTorch, and statistics in float32.
 
     The running variance is an average of biased ones, as is usual in Flax; PyTorch's are unbiased.
     """
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Convolutions, each before a normalisation, and a way past them.
+    """Convolutions, each before a normalization, and a way past them.
 
     Attributes:
       convs: channels, size and stride of each.
@@ -117,7 +117,7 @@ def bottleneck(channels: int, stride: int, dtype: Any, name: str) -> ResidualBlo
 
 
 class WideBlock(nn.Module):
-    """Two convolutions, each after a normalisation, and a way past them; the block of a wide ResNet."""
+    """Two convolutions, each after a normalization, and a way past them; the block of a wide ResNet."""
 
     channels: int
     stride: int
@@ -160,7 +160,7 @@ class ResNet(Classifier):
       block: as in `Stage`.
       width: channels of the first stage's blocks; they double from stage to stage.
       stem_width: channels of the stem.
-      preactivated: whether blocks normalise first, so that one normalisation comes after them all
+      preactivated: whether blocks normalize first, so that one normalization comes after them all
         and none in the stem.
       small_stem: size and stride of the stem's convolution for small images.
     """
@@ -191,7 +191,7 @@ class ResNet(Classifier):
 
 
 class VggStage(nn.Module):
-    """Convolutions, each before a normalisation, and a pooling that halves height and width."""
+    """Convolutions, each before a normalization, and a pooling that halves height and width."""
 
     channels: int
     count: int
@@ -228,7 +228,7 @@ class Vgg(Classifier):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a perceptron, each behind a normalisation and beside the residual stream."""
+    """Attention and a perceptron, each after a normalization, added to the residual stream."""
 
     heads: int
     dtype: Any
@@ -320,7 +320,7 @@ def make_model(name: str, *, classes: int, stem: Stem, dtype: Any = jnp.float32)
 
     Returns:
       A module whose ``__call__(images, *, train)`` takes floating-point images (batch, height, width,
-      channels). With ``train``, BatchNorm normalises by the batch and updates the collection
+      channels). With ``train``, BatchNorm normalizes by the batch and updates the collection
       ``batch_stats``, and VGG needs a key for ``dropout``. It raises ValueError for images below 32x32
       (VGG), or whose height or width is no multiple of that of a patch (ViT): 4, or 16 for ImageNet.
 

@@ -77,10 +77,10 @@ class Settings(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A row of the table: its colour, its settings, and its mask rule as a function of a seed.
+    """A row of the table: its color, its settings, and its mask rule as a function of a seed.
 
-    If the mask perturbs some leaves whole and others not at all, and never changes, only the former
-    need an ascent gradient.
+    ``some_leaves`` says that the mask never changes, and perturbs each leaf entirely or not at all. Then only
+    the perturbed leaves need an ascent gradient.
     """
 
     color: str

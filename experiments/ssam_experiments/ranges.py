@@ -4,12 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Rule = tuple[Callable[[Any], Any], Sequence[str]]
-"""Whether a value is in range, and the names of the settings that have to be."""
+"""Whether a value is in range, and the names of the settings that must be."""
 
 
-def check_ranges(config: Any, rules: Mapping[str, Rule]) -> None:
-    """Raise ValueError, naming the setting, unless all are in range; keys say what the range is."""
+def check_ranges(config: Any, rules: Mapping[str, Rule], spell: Callable[[str], str] = str) -> None:
+    """Raise ValueError, naming the setting, unless all are in range.
+
+    Args:
+      config: an object with the settings as attributes.
+      rules: by the words for the range, such as "at least 1".
+      spell: returns how a setting is called in the message.
+    """
     for wanted, (holds, names) in rules.items():
         for name in names:
             if not holds(getattr(config, name)):
-                raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)}.")
+                raise ValueError(f"{spell(name)} must be {wanted}, got {getattr(config, name)}.")

@@ -2,8 +2,8 @@
 
 For each method the radius is chosen by accuracy on held out validation examples with one seed: of three
 values at first, and if the best lies at an end, one more beyond it. The other seeds then train with that
-radius. Test examples choose nothing. Each run adds a line to runs.jsonl and is not repeated, so that a study
-which was killed goes on.
+radius. Test examples choose nothing. Each run adds a line to runs.jsonl and is not repeated, so a study
+that was killed resumes.
 """
 
 import dataclasses
@@ -257,7 +257,7 @@ def converged(result: dict[str, Any]) -> list[dict[str, Any]]:
 def pareto(results: dict[str, Any]) -> Figure:
     """Return accuracy against cost, with the rows that no other beats in both joined by a line.
 
-    Points are numbered by cost, for many lie close together; the names stand beside the picture.
+    Points have numbers, in the order of cost, since many lie close together; names are at the right.
     """
     figure = Figure(figsize=(10.5, 6.5), layout="constrained")
     axes, names = figure.subplots(1, 2, width_ratios=(3, 1))

@@ -1,8 +1,8 @@
-"""Train a network, plain or sharpness-aware: ``python examples/train.py --help``.
+"""Train a network, plain or sharpness-aware: ``python -m ssam_experiments.train --help``.
 
 The paper's run on CIFAR-10 (arXiv 2306.17504)::
 
-    python examples/train.py --preset paper-cifar10-resnet18 --data path/to/cifar10 --precision bfloat16
+    python -m ssam_experiments.train --preset paper-cifar10-resnet18 --data path/to/cifar10
 """
 
 import itertools

@@ -127,11 +127,11 @@ def augmented(images, key, **options):
     return augment_batch(key, images, MEAN, STD, crop=PADDING, cutout=3, **options)
 
 
-def test_a_border_is_black_and_a_cutout_has_the_mean_colour():
+def test_a_border_is_black_and_a_cutout_has_the_mean_color():
     result = augmented(np.full((16, SIDE, SIDE, 3), 255, np.uint8), jax.random.key(0))
     black, white = ((level - np.array(MEAN)) / STD for level in (0, 1))
     pixels = np.asarray(result).reshape(-1, 3)
-    kinds = [np.all(np.abs(pixels - colour) < 1e-6, axis=1) for colour in (black, white, np.zeros(3))]
+    kinds = [np.all(np.abs(pixels - color) < 1e-6, axis=1) for color in (black, white, np.zeros(3))]
     assert all(kind.any() for kind in kinds)
     assert np.all(np.logical_or.reduce(kinds))
 

@@ -10,11 +10,12 @@ import sys
 import numpy as np
 import pytest
 
-from ssam_experiments import convergence
-from ssam_experiments.convergence import Config, judge
+from ssam_experiments import convergence, rates
+from ssam_experiments.convergence import Config
+from ssam_experiments.rates import judge
 
 ROOT = pathlib.Path(__file__).parents[2]
-AT = convergence.checkpoints(100_000)
+AT = rates.checkpoints(100_000)
 WINDOW = (1000, 10_000)
 
 
@@ -30,7 +31,7 @@ def test_a_curve_slower_than_the_bound_is_found(fall):
     assert verdict.slope > verdict.bound_slope
 
 
-@pytest.mark.parametrize("fall", [convergence.bound, lambda t: t**-0.5, lambda t: 1 / t])
+@pytest.mark.parametrize("fall", [rates.bound, lambda t: t**-0.5, lambda t: 1 / t])
 def test_a_curve_as_fast_as_the_bound_or_faster_passes(fall):
     verdict = judge(AT, curves(fall), WINDOW, 0.05)
     assert verdict.holds
@@ -38,7 +39,7 @@ def test_a_curve_as_fast_as_the_bound_or_faster_passes(fall):
 
 
 def test_a_rise_at_the_very_end_is_found():
-    late = curves(convergence.bound)
+    late = curves(rates.bound)
     late[-1] *= 1.2
     assert not judge(AT, late, WINDOW, 0.05).holds
 
@@ -50,7 +51,7 @@ def test_a_floor_is_found_before_it_crosses_a_line_that_the_start_has_lifted():
 
 
 def test_the_constant_and_the_slope_are_those_of_the_curve():
-    verdict = judge(AT, curves(lambda t: 3 * convergence.bound(t)), WINDOW, 0.0)
+    verdict = judge(AT, curves(lambda t: 3 * rates.bound(t)), WINDOW, 0.0)
     np.testing.assert_allclose(verdict.constants.mean(), 3, rtol=1e-12)
     np.testing.assert_allclose(verdict.needed, 3, rtol=1e-12)
     np.testing.assert_allclose(judge(AT, curves(lambda t: t**-0.5), WINDOW, 0.05).slope, -0.5, atol=1e-12)
@@ -58,7 +59,7 @@ def test_the_constant_and_the_slope_are_those_of_the_curve():
 
 def test_doubt_about_the_mean_is_allowed_for_and_no_more():
     """Seeds that disagree by ± 20 % at the end, on average 10 % above: 3 standard errors are 23 %."""
-    doubtful = curves(convergence.bound, spread=0)
+    doubtful = curves(rates.bound, spread=0)
     late = WINDOW[1] < AT
     doubtful[late] *= 1.1 + 0.2 * np.array([1, -1] * 4)
     verdict = judge(AT, doubtful, WINDOW, 0.05)
@@ -71,16 +72,16 @@ def test_doubt_about_the_mean_is_allowed_for_and_no_more():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_curve_that_is_not_finite_does_not_pass(bad):
-    broken = curves(convergence.bound)
+    broken = curves(rates.bound)
     broken[-1, 3] = bad
     assert not judge(AT, broken, WINDOW, 0.05).holds
 
 
 def test_too_few_numbers_to_judge_are_refused():
     with pytest.raises(ValueError, match="at least 2 seeds"):
-        judge(AT, curves(convergence.bound)[:, :1], WINDOW, 0.05)
+        judge(AT, curves(rates.bound)[:, :1], WINDOW, 0.05)
     with pytest.raises(ValueError, match="2 numbers of steps in the window"):
-        judge(AT, curves(convergence.bound), (100_000, 100_000), 0.05)
+        judge(AT, curves(rates.bound), (100_000, 100_000), 0.05)
 
 
 def run_script(out, *options):

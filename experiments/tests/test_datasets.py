@@ -84,7 +84,7 @@ def test_cifar100_in_parquet_has_the_fine_labels(tmp_path):
     np.testing.assert_array_equal(data.test.labels, fine[20:])
 
 
-def test_jpeg_and_grey_images_are_decoded_too(tmp_path):
+def test_jpeg_and_gray_images_are_decoded_too(tmp_path):
     flat = np.full((32, 32, 3), (200, 100, 50), np.uint8)
     pictures = [encoded(flat, "JPEG"), encoded(flat[..., 0])]
     for split in ("train", "test"):

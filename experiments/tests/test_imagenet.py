@@ -18,14 +18,14 @@ from ssam_experiments.data.parquet import ImageFile
 TRAIN, VALID, CLASSES = 22, 7, ("ape", "bee", "cat")
 
 
-def colour(index):
-    """Return a colour that tells an image from the others, whatever its crop."""
+def color(index):
+    """Return a color that tells an image from the others, whatever its crop."""
     return (8 * index + 4, 255 - 8 * index, 128)
 
 
 def encoded(index, size=(40, 30), kind="PNG"):
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour(index)).save(buffer, kind)
+    Image.new("RGB", size, color(index)).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -227,7 +227,7 @@ def test_a_crop_is_resized_from_within_a_box_and_flipped_half_of_the_time(tmp_pa
     assert np.abs(np.log(widths / heights)).max() < np.log(4 / 3) + 0.2
 
 
-def test_evaluation_resizes_the_shorter_side_and_takes_the_centre(tmp_path):
+def test_evaluation_resizes_the_shorter_side_and_takes_the_center(tmp_path):
     tall, small = gradient(40, 80), 20
     source = one_image(tmp_path, tall)
     (image,) = next(iter(eval_batches(source, batch=1, image_size=small, resize=40)))["image"]

@@ -24,7 +24,7 @@ PICTURES = ("landscape.png", "spectra.png")
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """Compile without optimisations, and promote as users do."""
+    """Compile without optimizations, and promote as users do."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -34,13 +34,13 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Settings and final state of finished runs, two of them of a network with batch normalisation."""
+    """Settings and final state of finished runs, two of them of a network with batch normalization."""
     folder, runs = tmp_path_factory.mktemp("runs"), {}
     changes = {
         "SGD": {},
         "other": {"seed": 1},
-        "normalised": {"model": "resnet6"},
-        "normalised too": {"model": "resnet6", "seed": 1},
+        "normalized": {"model": "resnet6"},
+        "normalized too": {"model": "resnet6", "seed": 1},
     }
     for name, changed in changes.items():
         settings = Training(
@@ -95,9 +95,9 @@ def test_runs_of_the_trainer_are_loaded_measured_and_drawn(trained, tmp_path, ca
 
 
 def test_a_network_with_batch_normalisation_is_measured_at_rest(trained):
-    config = dataclasses.replace(LOADED, checkpoints=checkpoints(trained, "normalised", "normalised too"))
+    config = dataclasses.replace(LOADED, checkpoints=checkpoints(trained, "normalized", "normalized too"))
     runs = [one for several in landscape.loaded(config).values() for one in several]
-    for one, name in zip(runs, ("normalised", "normalised too")):
+    for one, name in zip(runs, ("normalized", "normalized too")):
         settings, state = trained[name]
         feed, programs = preparation.prepare(settings)
         totals = programs.evaluate(state, *feed.examples(0, 0, 64), np.ones(64, np.float32))
@@ -108,7 +108,7 @@ def test_a_network_with_batch_normalisation_is_measured_at_rest(trained):
 
 
 def test_a_run_is_loaded_as_it_ended_whatever_devices_it_had(trained):
-    settings, state = trained["normalised"]
+    settings, state = trained["normalized"]
     config, loaded = loop.load(settings.out)
     assert_same((loaded.params, loaded.batch_stats), (state.params, state.batch_stats))
     path = settings.out / "config.json"

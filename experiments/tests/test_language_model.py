@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from ssam_experiments.language_model import Config, check, read_corpus
+from ssam_experiments.corpus import read_corpus
+from ssam_experiments.language_model import Config, check
 
 SMALL = ["--width", "8", "--layers", "2", "--heads", "2", "--context", "8", "--batch", "4", "--steps", "3"]
 SMALL += ["--evaluation", "8", "--sample", "8", "--refresh-every", "2"]

@@ -48,7 +48,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Compile without optimisations: nothing here runs long."""
+    """Compile without optimizations: nothing here runs long."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield

@@ -63,7 +63,7 @@ def problem(model, size, channels):
 
 
 def compiled(fn, *args):
-    """Compile a function; without the optimisations that are of no use in a single run, and slow."""
+    """Compile a function; without the optimizations that are of no use in a single run, and slow."""
     return jax.jit(fn).lower(*args).compile({"xla_backend_optimization_level": 0})
 
 

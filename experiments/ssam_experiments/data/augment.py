@@ -1,7 +1,7 @@
 """Random crops, flips and cutout, compiled and on the device: images travel as bytes and are made there.
 
 The order is that of PyTorch's training scripts for CIFAR: black borders are added to the bytes, the crop is
-taken and flipped, colours are normalised, and only then is a square set to zero, which is the mean colour.
+taken and flipped, colors are normalized, and only then is a square set to zero, which is the mean color.
 """
 
 import functools
@@ -49,8 +49,8 @@ def normalize(
 def random_cutout(key: jax.Array, images: jax.Array, size: int, probability: float = 0.5) -> jax.Array:
     """Set a square of each image, of shape (batch, height, width, channels), to zero with some probability.
 
-    The square's centre is uniform over the pixels, so that part of it may lie outside the image
-    (DeVries & Taylor, arXiv:1708.04552, section 3); with an even side the centre is the pixel below and to
+    The square's center is uniform over the pixels, so that part of it may lie outside the image
+    (DeVries & Taylor, arXiv:1708.04552, section 3); with an even side the center is the pixel below and to
     the right of the middle.
     """
 

@@ -1,4 +1,4 @@
-"""Where the batches come from: a data set that lives on the device, or a stream from disk."""
+"""The source of batches: a data set that lives on the device, or a stream from disk."""
 
 import functools
 import zlib
@@ -15,8 +15,8 @@ from ssam_experiments.data.imagenet import eval_batches, image_folder, parquet, 
 from ssam_experiments.running import placement
 
 EVAL_BATCH = 500
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, as everyone has them
-TRAINING, EXAMPLES = 2, 3  # what an order is drawn for; 0 and 1 are initialization and dropout
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, the usual constants
+TRAINING, EXAMPLES = 2, 3  # purposes of a random order; 0 and 1 are initialization and dropout
 
 
 class Feed(Protocol):
@@ -38,10 +38,10 @@ class Feed(Protocol):
         """Yield a source for each step of an epoch, from step ``start`` on."""
 
     def fetch(self, key: jax.Array, source: Any) -> tuple[jax.Array, jax.Array]:
-        """Return a step's images, augmented and normalised, and labels. Traced."""
+        """Return a step's images, augmented and normalized, and labels. Traced."""
 
     def prepare(self, images: jax.Array) -> jax.Array:
-        """Return images normalised. Traced."""
+        """Return images normalized. Traced."""
 
     def examples(self, seed: int, epoch: int, count: int) -> tuple[Any, Any]:
         """Return ``count`` training images and labels, drawn without replacement."""
@@ -98,7 +98,7 @@ class MemoryFeed:
         return images, train.labels[rows]
 
     def prepare(self, images: jax.Array) -> jax.Array:
-        """Normalise."""
+        """Normalize."""
         return normalize(images, self._dataset.mean, self._dataset.std)
 
     def examples(self, seed: int, epoch: int, count: int) -> tuple[Any, Any]:
@@ -152,13 +152,13 @@ class StreamFeed:
             yield placement.joined((batch["image"], batch["label"]), self._config.devices)
 
     def fetch(self, key: jax.Array, source: Any) -> tuple[jax.Array, jax.Array]:
-        """Normalise, and cut out; crops and flips have been made."""
+        """Normalize, and cut out; crops and flips have been made."""
         images, labels = source
         cutout = self.image_shape[0] // 2 if self._config.cutout else 0
         return augment_batch(key, images, MEAN, STD, crop=0, flip=False, cutout=cutout), labels
 
     def prepare(self, images: jax.Array) -> jax.Array:
-        """Normalise."""
+        """Normalize."""
         return normalize(images, MEAN, STD)
 
     def examples(self, seed: int, epoch: int, count: int) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """Batches of ImageNet and its like, made by grain in threads or processes while the accelerator works.
 
 A batch is a function of the source, the seed and the number of the step alone, not of the workers or threads
-that make it, so that a run may stop after any step and go on from there.
+that make it, so a run may stop after any step and resume there.
 """
 
 import functools
@@ -53,8 +53,8 @@ def train_batches(
     Args:
       source: from ``image_folder`` or ``parquet``.
       batch: images in a batch.
-      steps: of the whole run.
-      start: the first step to yield: 0, or where a run goes on.
+      steps: of the run.
+      start: the first step to yield, above 0 if a run resumes.
       seed: of the order and of the crops.
       image_size: height and width of the images yielded.
       workers: processes that make batches; 0 makes them in this one. Since processes are spawned, they import
@@ -93,7 +93,7 @@ def eval_batches(
     threads: int = 4,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield all images once, in order: the shorter side resized (bilinear, antialiased), the centre cropped.
+    """Yield all images once, in order: the shorter side resized (bilinear, antialiased), the center cropped.
 
     Args:
       source: from ``image_folder`` or ``parquet``.

@@ -35,7 +35,7 @@ def find_shards(folder: Path, split: str, subfolders: Sequence[str]) -> list[Pat
 class ImageFile:
     """A Parquet file with a column of encoded images and one of labels, read by row group, from any thread.
 
-    It is open only while it is read: a process may use more files than it may hold open.
+    It is open only during a read, since a process may use more files than it may hold open.
 
     Attributes:
       path: where it is.
@@ -46,7 +46,7 @@ class ImageFile:
         """Open a file; of the columns that a label may be in, the first that it has is taken.
 
         Raises:
-          ValueError: the file is not whole, or a column is missing or of another type.
+          ValueError: the file is incomplete, or a column is missing or of another type.
         """
         self.path = path
         try:

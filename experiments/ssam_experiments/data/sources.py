@@ -119,7 +119,7 @@ def _names(split: str) -> tuple[str, ...]:
 
 
 class ParquetImages:
-    """Rows of Parquet files. Row groups are read whole, and the last few are kept.
+    """Rows of Parquet files. A read returns an entire row group, and the last few stay in memory.
 
     To read a row is to read its row group, about a hundred images, so a permutation of all rows would read a
     hundred times too much. Instead the order is random in two steps: that of the row groups, and that of the

@@ -88,7 +88,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all, whenever the process is killed."""
+    """Write a file that is complete or absent, whenever the process is killed."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)

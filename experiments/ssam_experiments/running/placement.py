@@ -1,4 +1,4 @@
-"""Where arrays lie: batches spread over the devices of a run, the rest on each of them or split up too."""
+"""Where arrays lie: batches are spread over the devices; the rest is on each device, or split up too."""
 
 import collections
 from typing import Any
@@ -11,7 +11,7 @@ SMALL = 1024  # entries below which an array is not worth splitting
 
 
 def check(devices: int) -> None:
-    """Raise ValueError unless there are so many devices, the same number in each process."""
+    """Raise ValueError unless there are enough devices, the same number in each process."""
     there = jax.devices()
     if devices > len(there):
         raise ValueError(f"--devices must be at most the {len(there)} there are, got {devices}.")
@@ -41,7 +41,7 @@ def by_rows(devices: int) -> NamedSharding:
 def split(shape: tuple[int, ...], devices: int) -> NamedSharding:
     """Return the sharding that splits the largest of the axes that can be split, the last of such.
 
-    An array of few entries, or without such an axis, is held by every device whole.
+    Every device holds all of an array with few entries, or without such an axis.
     """
     axes = [(size, axis) for axis, size in enumerate(shape) if size % devices == 0]
     if not axes or np.prod(shape) < SMALL:

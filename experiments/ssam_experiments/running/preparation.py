@@ -17,8 +17,13 @@ from ssam_experiments.running import placement, processes
 from ssam_experiments.running.metrics import MODULES, needed, write_whole
 from ssam_experiments.running.programs import Programs, make_programs
 
-TRACED = {"seed": 0, "rho": 1.0, "lr": 1.0, "weight_decay": 0.0}  # arguments of the compiled functions
-IRRELEVANT = {  # settings that do not change the course of a run
+TRACED: dict[str, Any] = {
+    "seed": 0,
+    "rho": 1.0,
+    "lr": 1.0,
+    "weight_decay": 0.0,
+}  # arguments of the compiled functions
+IRRELEVANT: dict[str, Any] = {  # settings that do not change the course of a run
     "out": pathlib.Path(),
     "preset": "none",
     "workers": 1,
@@ -31,7 +36,7 @@ IRRELEVANT = {  # settings that do not change the course of a run
     "coordinator": "",
     "heartbeat": 100,
 }
-ROUNDING = {"devices": 1, "fsdp": False}  # settings that change it by rounding alone
+ROUNDING: dict[str, Any] = {"devices": 1, "fsdp": False}  # settings that change it by rounding alone
 
 
 class Prepared(NamedTuple):

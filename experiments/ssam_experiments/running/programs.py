@@ -122,7 +122,7 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
         return model.apply(variables, feed.prepare(images), train=False)
 
     def renew(state: Any, images: jax.Array, labels: jax.Array) -> Any:
-        # Statistics are those at rest: a single example has none worth normalising by.
+        # Statistics are those at rest: a single example has none worth normalizing by.
         def one_loss(params: Any, example: Any) -> jax.Array:
             image, label = example
             return cross_entropy(apply_at_rest(params, state, image[None]), label[None])[0]

@@ -9,14 +9,18 @@ JAX_INDEX ?=
 
 .PHONY: demo test test-oldest test-newest lint types docs audit bench results dist dist-check clean
 
-$(VENV)/made: pyproject.toml
+$(VENV)/demo: pyproject.toml  # the library and what the experiments need
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[examples]" --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[experiments]"
 	touch $@
 
-demo: $(VENV)/made  ## train on digits with SGD, SAM and SSAM; print a table, draw pictures
-	$(BIN)/python examples/digits.py
+$(VENV)/made: $(VENV)/demo  # and what the tests and tools need
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+demo: $(VENV)/demo  ## train on digits with SGD, SAM and SSAM; print a table, draw pictures
+	$(BIN)/python -m ssam_experiments.demo
 
 test: $(VENV)/made  ## the whole suite, doctests and README included
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -24,20 +28,20 @@ test: $(VENV)/made  ## the whole suite, doctests and README included
 test-oldest: $(VENV)/made  ## the suite on the lowest versions that pyproject.toml allows
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-oldest
 	$(BIN)/uv pip install --quiet --python .venv-oldest --resolution lowest-direct \
-		--editable ".[examples]" --group dev
+		--editable ".[experiments]" --group dev
 	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-newest: $(VENV)/made  ## the suite on the newest versions, of jax on the newest pre-release
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-newest
 	$(BIN)/uv pip install --quiet --python .venv-newest --resolution highest --upgrade \
 		--prerelease explicit $(if $(JAX_INDEX),--index-strategy unsafe-best-match --index $(JAX_INDEX)) \
-		"jax>=0.dev0" "jaxlib>=0.dev0" --editable ".[examples]" --group dev
+		"jax>=0.dev0" "jaxlib>=0.dev0" --editable ".[experiments]" --group dev
 	.venv-newest/bin/python -m ssam_jax
 	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 audit: $(VENV)/made  ## known vulnerabilities of what an environment made today holds; strict: all must be known
 	mkdir -p dist
-	$(BIN)/uv pip compile --quiet --no-annotate --extra examples pyproject.toml --output-file dist/audit.txt
+	$(BIN)/uv pip compile --quiet --no-annotate --extra experiments pyproject.toml --output-file dist/audit.txt
 	$(BIN)/uv tool run pip-audit --strict --disable-pip --no-deps --requirement dist/audit.txt
 
 lint: $(VENV)/made
@@ -59,7 +63,7 @@ bench: $(VENV)/made  ## every benchmark, into benchmarks/results and docs/perfor
 	$(BIN)/python benchmarks/run.py
 
 results: $(VENV)/made  ## the study of docs/results.md: make results DATA=folder-of-cifar10
-	$(BIN)/python examples/results.py --data $(DATA)
+	$(BIN)/python -m ssam_experiments.results --data $(DATA)
 
 dist: $(VENV)/made  ## the wheel and the source distribution, in dist
 	rm -rf dist

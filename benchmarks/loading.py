@@ -25,10 +25,8 @@ from PIL import Image
 from suite import Record, markdown
 from timing import medians
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-from training import datasets, imagenet
-from training.augment import augment_batch, normalize
+from ssam_experiments.data import datasets, imagenet
+from ssam_experiments.data.augment import augment_batch, normalize
 
 SEEDS = (0, 1)
 TIMED = True

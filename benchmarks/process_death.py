@@ -1,7 +1,7 @@
 """How long processes live on after one of them was killed: ``python benchmarks/process_death.py``.
 
 Processes on this machine, one CPU device each, sum an array over all of them in a loop until one gets
-SIGKILL. Prints how the others end: with JAX alone, and in `training.processes.all_or_none`.
+SIGKILL. Prints how the others end: with JAX alone, and in `ssam_experiments.running.processes.all_or_none`.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import time
 
 import jax
 
-EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 CASES = (  # which process is killed, the heartbeat, all_or_none, where the others are
     ("last", 10, True, "in a sum"),
     ("last", 10, False, "in a sum"),
@@ -28,7 +27,7 @@ PROGRAM = """
 import pathlib, sys, time
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from training import processes
+from ssam_experiments.running import processes
 
 at, count, i, heartbeat, guard, busy, folder = sys.argv[1:]
 processes.start(at, int(count), int(i), int(heartbeat))
@@ -52,7 +51,7 @@ work()
 def measure(folder: pathlib.Path, count: int, case: tuple) -> str:
     """Return a line of the table."""
     killed, heartbeat, guard, busy = case
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(EXAMPLES)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
     with contextlib.ExitStack() as stack:
         held = stack.enter_context(socket.socket())  # keeps the port from others

@@ -1,9 +1,8 @@
-"""A character-level transformer on the standard library's documentation: AdamW, SAM and sparse SAM.
+"""A character-level transformer on the standard library's documentation, with masks that choose layers.
 
-The parameters of all layers are stacked and the layers are one ``lax.scan`` of rematerialised blocks, so
-that ``Structured(..., "channel", axis=0)`` chooses layers through the leading axis. Parameters, optimizer
-state and batch are spread over all devices there are (FSDP). The same command runs on one CPU, and with
-``--distributed`` once in every process of a pod slice.
+The layers are one ``lax.scan`` of rematerialized blocks over stacked parameters, so
+``Structured(..., "channel", axis=0)`` chooses layers. Parameters, optimizer state and batch are spread over
+all devices (FSDP). ``python -m ssam_experiments.language_model`` compares AdamW, SAM and sparse SAM.
 """
 
 import ast
@@ -11,408 +10,140 @@ import dataclasses
 import functools
 import math
 import pathlib
-import platform
-import statistics
 import sysconfig
-import time
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import ssam_jax
 
-AXIS = "data"
-HELD_OUT = 10  # every tenth module is for evaluation
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
-PROMPT = "Return the "
-TEMPERATURE = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Train a small language model with AdamW, SAM and sparse SAM; print a table and a sample."""
+    """Train a small language model with sparse SAM on AdamW; print the loss, and the layers of the mask."""
 
     steps: int = 200
-    """Training steps of each method."""
+    """Training steps."""
     batch: int = 16
     """Sequences in a step, a multiple of the devices."""
     context: int = 64
     """Characters of a sequence."""
     width: int = 64
-    """Width of the residual stream, a multiple of the heads."""
+    """Width of the residual stream, a multiple of 4."""
     layers: int = 4
     """Layers of the stack."""
-    heads: int = 4
-    """Attention heads of a layer."""
-    lr: float = 5e-3
-    """Peak learning rate, reached after a tenth of the steps, of a cosine schedule down to 0."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of AdamW."""
     rho: float = 0.05
-    """Radius of the perturbation of SAM and sparse SAM."""
-    sparsity: float = 0.5
-    """Share of the parameters that the Fisher mask leaves unperturbed."""
-    refresh_every: int = 25
-    """Steps between two renewals of the Fisher mask."""
-    methods: tuple[Literal["adamw", "sam", "ssam"], ...] = ("adamw", "sam", "ssam")
-    """Methods to train with, in turn."""
-    mask: Literal["fisher", "last"] = "fisher"
-    """Sparse SAM's mask: rows of every leaf (of a stacked leaf, layers) by Fisher information, or the last
-    layers and the head, by the fast road, which shares the work before them between both passes."""
-    last: int = 1
-    """Layers at the end of the stack that ``--mask last`` perturbs."""
+    """Radius of the perturbation."""
     seed: int = 0
-    """Seed of the initialization, the batches, the first mask and the sample."""
-    evaluation: int = 256
-    """Held-out sequences to evaluate on, a multiple of the devices."""
-    sample: int = 200
-    """Characters to generate with the last model."""
-    distributed: bool = False
-    """Call ``jax.distributed.initialize()`` first: one process of many, on a pod slice or under SLURM."""
+    """Seed of the initialization and the batches."""
 
 
-class Corpus(NamedTuple):
-    """Text as indices into `CHARACTERS`, int32 of shape (characters,)."""
-
-    train: np.ndarray
-    held_out: np.ndarray
-    modules: int
-
-
-class Method(NamedTuple):
-    """A row of the table: its radius, mask rule, and whether only some leaves are perturbed at all."""
-
-    rho: float
-    mask: ssam_jax.MaskRule | None = None
-    some_leaves: bool = False
-
-
-class Result(NamedTuple):
-    """What a run found.
-
-    Attributes:
-      held_out: bits per character of the held-out sequences, after the last step.
-      train: bits per character of the training batches, mean over the last tenth of the steps.
-      seconds: the median time of a step.
-      params: the parameters at the end.
-      opt_state: the optimizer's state at the end.
-    """
-
-    held_out: float
-    train: float
-    seconds: float
-    params: Any
-    opt_state: Any
-
-
-def read_corpus() -> Corpus:
-    """Return the documentation strings of the standard library's top-level modules, in order of their names.
-
-    Whole modules are held out. The text depends on the version of Python alone.
-    """
-    texts = []
+def read_text() -> np.ndarray:
+    """Return the documentation strings of the standard library's modules, as indices into `CHARACTERS`."""
+    strings = []
     for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        strings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-        text = "\n\n".join(filter(None, strings))
-        if text:
-            texts.append("".join(c for c in text.expandtabs() if c in CHARACTERS) + "\n\n")
-    held_out = "".join(texts[HELD_OUT - 1 :: HELD_OUT])
-    train = "".join(text for i, text in enumerate(texts) if i % HELD_OUT != HELD_OUT - 1)
-    return Corpus(encode(train), encode(held_out), len(texts))
-
-
-def encode(text: str) -> np.ndarray:
-    """Return the indices of a text's characters."""
-    return np.array([CHARACTERS.index(c) for c in text], np.int32)
+        strings += [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+    index = {character: i for i, character in enumerate(CHARACTERS)}
+    return np.array([index[c] for c in "\n\n".join(strings).expandtabs() if c in index], np.int32)
 
 
 def init_params(config: Config, key: jax.Array) -> Any:
-    """Return the parameters; those of the layers have a leading axis of layers.
+    """Return the parameters; those of the layers have a leading axis of layers, and start as the identity."""
+    width, layers, keys = config.width, config.layers, iter(jax.random.split(key, 4))
 
-    Layers start as the identity, which trains faster in few steps.
-    """
-    width, layers, names = config.width, config.layers, iter(range(9))
-
-    def normal(*shape: int, scale: float | None = None) -> jax.Array:
-        scale = shape[-2] ** -0.5 if scale is None else scale
-        return scale * jax.random.normal(jax.random.fold_in(key, next(names)), shape)
+    def normal(*shape: int) -> jax.Array:
+        return shape[-2] ** -0.5 * jax.random.normal(next(keys), shape)
 
     return {
-        "embed": normal(len(CHARACTERS), width, scale=1.0),
+        "embed": width**0.5 * normal(len(CHARACTERS), width),
         "layers": {
             "attention": normal(layers, width, 3 * width),
             "attention_out": jnp.zeros((layers, width, width)),
-            "attention_scale": jnp.ones((layers, width)),
             "perceptron": normal(layers, width, 4 * width),
             "perceptron_out": jnp.zeros((layers, 4 * width, width)),
-            "perceptron_scale": jnp.ones((layers, width)),
         },
-        "scale": jnp.ones(width),
         "head": normal(width, len(CHARACTERS)),
     }
 
 
-def apply(
-    config: Config, params: Any, tokens: jax.Array, place: Callable[[jax.Array], jax.Array] = lambda x: x
-) -> jax.Array:
-    """Return logits of shape (sequences, characters, vocabulary) for tokens of shape (sequences, characters).
-
-    Attention is biased towards what is near, a slope for each head (ALiBi, arXiv 2108.12409). ``place`` says
-    where activations lie, so that devices gather the weights of a layer, not its activations.
-    """
+def apply(params: Any, tokens: jax.Array) -> jax.Array:
+    """Return logits of shape (sequences, characters, vocabulary) for tokens (sequences, characters)."""
     position = jnp.arange(tokens.shape[1], dtype=jnp.float32)
-    slopes = 4.0 ** -jnp.arange(config.heads, dtype=jnp.float32)
+    slopes = 4.0 ** -jnp.arange(4, dtype=jnp.float32)  # of the heads, which prefer what is near (ALiBi)
     bias = -slopes[None, :, None, None] * (position[:, None] - position[None])[None, None]
 
-    def normed(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+    def normed(x: jax.Array) -> jax.Array:
+        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
 
     @jax.checkpoint
     def block(x: jax.Array, layer: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        qkv = normed(x, layer["attention_scale"]) @ layer["attention"]
-        q, k, v = jnp.split(qkv.reshape(*x.shape[:2], 3 * config.heads, -1), 3, axis=2)
-        attended = jax.nn.dot_product_attention(q, k, v, bias, is_causal=True).reshape(x.shape)
-        x = place(x + attended @ layer["attention_out"])
-        hidden = jax.nn.gelu(normed(x, layer["perceptron_scale"]) @ layer["perceptron"])
-        return place(x + hidden @ layer["perceptron_out"]), None
+        qkv = (normed(x) @ layer["attention"]).reshape(*x.shape[:2], 12, -1)
+        attended = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=2), bias, is_causal=True)
+        x = x + attended.reshape(x.shape) @ layer["attention_out"]
+        return x + jax.nn.gelu(normed(x) @ layer["perceptron"]) @ layer["perceptron_out"], None
 
-    x = place(params["embed"][tokens])
-    x, _ = jax.lax.scan(block, x, params["layers"])
-    return normed(x, params["scale"]) @ params["head"]
+    x, _ = jax.lax.scan(block, params["embed"][tokens], params["layers"])
+    return normed(x) @ params["head"]
 
 
-def make_methods(config: Config) -> dict[str, Method]:
-    """Return the rows of the table by name. A radius of 0 is AdamW alone, at its price."""
-    if config.mask == "fisher":
-        pattern = ssam_jax.Structured(config.sparsity, "channel", axis=0)
-        mask = ssam_jax.fisher_mask(pattern, refresh_every=config.refresh_every, seed=config.seed)
-        name, sparse = f"SSAM Fisher {config.sparsity:.0%}", Method(config.rho, mask)
-    else:
-        chosen = np.arange(config.layers) >= config.layers - config.last
-        matrices = ("attention", "attention_out", "perceptron", "perceptron_out")
-        layers = dict.fromkeys(matrices, chosen[:, None, None])
-        layers |= dict.fromkeys(("attention_scale", "perceptron_scale"), chosen[:, None])
-        tree = {"embed": False, "layers": layers, "scale": True, "head": True}
-        name = f"SSAM last {config.last}"
-        sparse = Method(config.rho, ssam_jax.fixed_mask(tree), some_leaves=True)
-    rows = {"adamw": ("AdamW", Method(0.0)), "sam": ("SAM", Method(config.rho)), "ssam": (name, sparse)}
-    return dict(rows[method] for method in config.methods)
+def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
+    """Return the mean cross-entropy in bits per character."""
+    logits, labels = apply(params, tokens[:, :-1]), tokens[:, 1:]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean() / math.log(2)
 
 
-def sharded(params: Any, mesh: Mesh) -> Any:
-    """Return a sharding for each parameter: by its largest axis that the devices divide, or replicated.
-
-    The leading axis of the layers' parameters is left whole: the scan runs along it.
-    """
-
-    def choose(path: Any, leaf: Any) -> NamedSharding:
-        first = 1 if path[0].key == "layers" else 0
-        fitting = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % mesh.size == 0]
-        spec = [None] * leaf.ndim
-        if fitting:
-            spec[max(fitting, key=lambda axis: leaf.shape[axis])] = AXIS
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree_util.tree_map_with_path(choose, params)
+def sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
+    """Split the last axis, if the devices divide it; scores and momentum lie as their parameter does."""
+    if not leaf.ndim or leaf.shape[-1] % mesh.size:
+        return NamedSharding(mesh, P())
+    return NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), "data"))
 
 
-def like_params(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Return shardings for an optimizer's state: a parameter's for what has its path's end and its shape."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    known = {path: (leaf.shape, s) for (path, leaf), s in zip(leaves, jax.tree.leaves(shardings))}
-
-    def choose(path: Any, leaf: Any) -> NamedSharding:
-        ends = (known.get(path[i:], ((), None)) for i in range(len(path)))
-        found = [sharding for shape, sharding in ends if sharding and shape == leaf.shape]
-        return found[0] if found else NamedSharding(mesh, PartitionSpec())
-
-    return jax.tree_util.tree_map_with_path(choose, state)
-
-
-def windows(text: np.ndarray, config: Config, starts: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Return the sequences that start at given places, one character longer than the context, spread out."""
-    rows = np.stack([text[start : start + config.context + 1] for start in starts])
-    return jax.make_array_from_callback(
-        rows.shape, NamedSharding(mesh, PartitionSpec(AXIS)), lambda index: rows[index]
-    )
-
-
-def train(config: Config, method: Method, corpus: Corpus, mesh: Mesh, bar: tqdm) -> Result:
-    """Train and evaluate a method."""
-    by_sequence, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec(AXIS), PartitionSpec()))
-    place = functools.partial(jax.lax.with_sharding_constraint, shardings=by_sequence)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.lr, config.steps // 10, config.steps)
-    tx = optax.chain(
-        ssam_jax.ssam(method.rho, method.mask, normalize="masked" if method.some_leaves else "global"),
-        optax.adamw(schedule, weight_decay=config.weight_decay),
-    )
-
-    def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = apply(config, params, tokens[:, :-1], place)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return jnp.mean(loss) / math.log(2)
+def main(config: Config) -> None:
+    """Train, and print the loss and the layers that the last mask perturbs; ValueError for a bad setting."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    rows = NamedSharding(mesh, P("data"))
+    for name, divisor in (("batch", mesh.size), ("width", 4)):
+        if getattr(config, name) < 1 or getattr(config, name) % divisor:
+            raise ValueError(f"{name} must be a multiple of {divisor}, got {getattr(config, name)}.")
+    mask = ssam_jax.fisher_mask(ssam_jax.Structured(0.5, "channel", axis=0), refresh_every=25)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 5e-3, config.steps // 10, config.steps)
+    tx = optax.chain(ssam_jax.ssam(config.rho, mask), optax.adamw(schedule, weight_decay=0.1))
 
     def init(key: jax.Array) -> tuple[Any, Any]:
         params = init_params(config, key)
         return params, tx.init(params)
 
     key = jax.random.key(config.seed)
-    params, opt_state = jax.eval_shape(init, key)
-    shardings = sharded(params, mesh)
-    shardings = shardings, like_params(opt_state, params, shardings, mesh)
-    params, opt_state = jax.jit(init, out_shardings=shardings)(key)
-    active = ssam_jax.active_leaves(opt_state) if method.some_leaves else None
-    two_pass = ssam_jax.two_pass_value_and_grad(loss_fn)
+    places = jax.tree.map(functools.partial(sharding, mesh), jax.eval_shape(init, key))
+    params, opt_state = jax.jit(init, out_shardings=places)(key)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*shardings, everywhere))
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*places, None))
     def step(params: Any, opt_state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
-        loss, grads, grad_fn = two_pass(params, tokens, active=active)
+        loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
+        grad_fn = lambda params, i: jax.grad(loss_fn)(params, tokens)  # noqa: E731
         updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    rng, losses, seconds = np.random.default_rng(config.seed), [], []
-    for _ in range(config.steps):
-        starts = rng.integers(len(corpus.train) - config.context, size=config.batch)
-        start = time.perf_counter()
-        params, opt_state, loss = step(params, opt_state, windows(corpus.train, config, starts, mesh))
-        losses.append(float(loss))
-        seconds.append(time.perf_counter() - start)
-        bar.set_postfix(bits=f"{losses[-1]:.2f}", refresh=False)
-        bar.update()
-    starts = np.linspace(0, len(corpus.held_out) - config.context - 1, config.evaluation).astype(int)
-    held_out = jax.jit(loss_fn, out_shardings=everywhere)(
-        params, windows(corpus.held_out, config, starts, mesh)
-    )
-    recent = statistics.mean(losses[-max(1, config.steps // 10) :])
-    return Result(float(held_out), recent, statistics.median(seconds), params, opt_state)
-
-
-def generate(config: Config, params: Any, mesh: Mesh) -> str:
-    """Continue the prompt, one character after the other, each drawn at a temperature below 1."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    prompt = encode(PROMPT)[-config.context :]
-    window = np.zeros(config.context, np.int32)
-    window[: prompt.size] = prompt
-
-    @functools.partial(jax.jit, out_shardings=everywhere)
-    def run(params: Any, window: jax.Array) -> jax.Array:
-        def body(carry: tuple[jax.Array, jax.Array], key: jax.Array) -> Any:
-            window, length = carry
-            logits = apply(config, params, window[None])[0, length - 1]
-            token = jax.random.categorical(key, logits / TEMPERATURE).astype(jnp.int32)
-            full = length == config.context
-            window = jnp.where(full, jnp.roll(window, -1), window)
-            window = window.at[jnp.where(full, length - 1, length)].set(token)
-            return (window, jnp.minimum(length + 1, config.context)), token
-
-        keys = jax.random.split(jax.random.key(config.seed), config.sample)
-        return jax.lax.scan(body, (window, jnp.int32(prompt.size)), keys)[1]
-
-    tokens = np.asarray(run(params, window))
-    return PROMPT + "".join(CHARACTERS[token] for token in tokens)
-
-
-def mask_table(opt_state: Any, mesh: Mesh) -> str:
-    """Return which layers of each stacked leaf are perturbed, and the density of each other leaf."""
-    read = jax.jit(
-        lambda state: (ssam_jax.get_mask(state), ssam_jax.mask_stats(state)),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-    )
-    mask, stats = read(opt_state)
-    lines = ["| parameter | perturbed, % | layers |", "| --- | ---: | --- |"]
-    for path, leaf in jax.tree_util.tree_flatten_with_path(mask)[0]:
-        name = "/".join(key.key for key in path)
-        rows = np.asarray(leaf).reshape(-1) if path[0].key == "layers" else ()
-        layers = " ".join(str(i) for i, row in enumerate(rows) if row) or ("none" if len(rows) else "")
-        lines.append(f"| {name} | {100 * float(stats.by_leaf[name]):.0f} | {layers} |")
-    return "\n".join(lines)
-
-
-def table(results: dict[str, Result]) -> str:
-    """Return the results as a Markdown table."""
-    lines = [
-        "| method | held-out bits per character | training | perturbed, % | step, ms |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, result in results.items():
-        stats = ssam_jax.mask_stats(result.opt_state)
-        density = 0.0 if name == "AdamW" else 100 * float(stats.density)
-        bits = f"{result.held_out:.3f} | {result.train:.3f}"
-        lines.append(f"| {name} | {bits} | {density:.0f} | {1000 * result.seconds:.0f} |")
-    return "\n".join(lines)
-
-
-def check(config: Config, devices: int, corpus: Corpus) -> None:
-    """Raise ValueError, naming the setting, unless all are in range."""
-    for name in ("steps", "batch", "context", "width", "layers", "heads", "refresh_every", "evaluation"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
-    for name in ("batch", "evaluation"):
-        if getattr(config, name) % devices:
-            raise ValueError(
-                f"{name} must be a multiple of the devices, {devices}, got {getattr(config, name)}."
-            )
-    if not config.methods or len(set(config.methods)) < len(config.methods):
-        raise ValueError(f"methods must name at least one, and none twice, got {config.methods}.")
-    if config.width % config.heads:
-        raise ValueError(f"width must be a multiple of heads, {config.heads}, got {config.width}.")
-    longest = min(len(corpus.train), len(corpus.held_out)) - 2
-    if config.context > longest:
-        raise ValueError(f"context must be at most {longest}, the length of the text, got {config.context}.")
-    if not 1 <= config.last <= config.layers:
-        raise ValueError(f"last must be from 1 to layers, {config.layers}, got {config.last}.")
-    if not 0 <= config.sparsity <= 1:
-        raise ValueError(f"sparsity must be from 0 to 1, got {config.sparsity}.")
-    for name in ("seed", "sample"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must be at least 0, got {getattr(config, name)}.")
-    for name in ("lr", "rho"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be finite and above 0, got {getattr(config, name)}.")
-    if not 0 <= config.weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be finite and at least 0, got {config.weight_decay}.")
-
-
-def main(config: Config) -> None:
-    """Train with each method, and print the table, the mask and a sample.
-
-    Raises:
-      ValueError: a setting is out of range.
-    """
-    if config.distributed:
-        jax.distributed.initialize()
-    mesh, corpus = Mesh(np.array(jax.devices()), (AXIS,)), read_corpus()
-    check(config, mesh.size, corpus)
-    first, methods, results = jax.process_index() == 0, make_methods(config), {}
-    with tqdm(total=len(methods) * config.steps, unit="step", disable=not first) as bar:
-        for name, method in methods.items():
-            bar.set_description(name)
-            results[name] = train(config, method, corpus, mesh, bar)
-    last = list(results.values())[-1]
-    report = [table(results)]
-    if "ssam" in config.methods:
-        report.append(mask_table(results[list(methods)[config.methods.index("ssam")]].opt_state, mesh))
-    if config.sample:
-        report.append(generate(config, last.params, mesh))
-    if first:
-        count = sum(leaf.size for leaf in jax.tree.leaves(last.params))
-        print(
-            f"{count:,} parameters; {mesh.size} devices, {mesh.devices.flat[0].platform}; seed {config.seed};"
-            f" {config.steps} steps of {config.batch} sequences of {config.context} characters; docstrings of"
-            f" {corpus.modules} modules of Python {platform.python_version()}, {len(corpus.train):,}"
-            f" characters to train on and {len(corpus.held_out):,} held out, of which"
-            f" {config.evaluation * config.context:,} are predicted\n"
-        )
-        print("\n\n".join(report))
+    text, rng = read_text(), np.random.default_rng(config.seed)
+    for number in range(1, config.steps + 1):
+        starts = rng.integers(len(text) - config.context, size=(config.batch, 1))
+        tokens = jax.device_put(text[starts + np.arange(config.context + 1)], rows)
+        params, opt_state, loss = step(params, opt_state, tokens)
+        if number % max(1, config.steps // 10) == 0:
+            print(f"step {number}: {loss:.3f} bits per character", flush=True)
+    for name, chosen in ssam_jax.get_mask(opt_state)["layers"].items():
+        print(f"{name}: layers {np.flatnonzero(chosen).tolist()}")
 
 
 if __name__ == "__main__":

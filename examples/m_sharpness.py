@@ -1,286 +1,141 @@
-"""Synchronised and per-device SAM on handwritten digits: one perturbation for the batch, or one a device.
+"""One perturbation for the batch, or one for each device, on several devices (here virtual ones of a CPU).
 
-Where every device takes the ascent gradient of its own part of the batch, the perturbation is found for
-``m = batch / devices`` examples at a time, which Foret et al. (arXiv 2010.01412) call m-sharpness, and one of
-the two all-reduces of a step falls away. docs/m_sharpness.md explains the pattern.
-
-Data, network and settings are those of digits.py, with its noisy training labels. On a CPU the script makes
-as many virtual devices as it is asked for; on other hardware it takes what is there.
+If every device takes the ascent gradient of its own part of the batch, a perturbation is found for
+``m = batch / devices`` examples at a time (m-sharpness, arXiv 2010.01412), and one of the two all-reduces of
+a step is gone. docs/m_sharpness.md explains the pattern, ``python -m ssam_experiments.m_sharpness`` compares
+both modes over seeds and radii.
 """
 
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from shared import axes_of_runs
-from tqdm import tqdm
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 import ssam_jax
-
-AXIS = "data"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare SGD, synchronised SAM and per-device SAM; print a table."""
+    """Train on handwritten digits with synchronized and with per-device sparse SAM; print a table."""
 
     devices: int = 8
     """Devices that share a batch."""
-    seeds: int = 5
-    """Runs of each method, all at once; they differ in initialization, batch order and first mask."""
-    epochs: int = 30
-    """Passes over the 1024 training examples."""
+    epochs: int = 20
+    """Passes over the training examples."""
     batch: int = 64
     """Examples in a mini-batch, a multiple of the devices."""
-    width: int = 64
-    """Units in each of the two hidden layers."""
-    noise: float = 0.4
-    """Share of the training examples whose label is wrong."""
-    lr: float = 0.05
-    """Peak learning rate, of a cosine schedule down to 0."""
-    weight_decay: float = 5e-3
-    """Weight decay."""
-    rhos: tuple[float, ...] = (0.05, 0.1, 0.2)
-    """Radii tried for each method that has one; the best on the validation examples is shown."""
+    rho: float = 0.1
+    """Radius of the perturbation."""
+    seed: int = 0
+    """Seed of the initialization, the batches and the first mask."""
 
 
-class Row(NamedTuple):
-    """A row of the table: examples to a perturbation, radius, and accuracies of shape (seeds,)."""
-
-    name: str
-    m: int
-    rho: float
-    valid: np.ndarray
-    test: np.ndarray
+def init_params(key: jax.Array) -> dict[str, jax.Array]:
+    """Return a network with one hidden layer."""
+    first, second = jax.random.split(key)
+    kernels = jax.random.normal(first, (64, 64)) / 8, jax.random.normal(second, (64, 12)) / 8
+    return {"kernel_1": kernels[0], "bias_1": jnp.zeros(64), "kernel_2": kernels[1]}
 
 
-class Method(NamedTuple):
-    """Whether each device makes its own perturbation, the mask rule, and whether there is a perturbation."""
-
-    per_device: bool
-    mask: ssam_jax.MaskRule | None = None
-    perturbed: bool = True
+def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """Return logits of shape (examples, 12), of which the digits are the first ten."""
+    return jax.nn.relu(x @ params["kernel_1"] + params["bias_1"]) @ params["kernel_2"]
 
 
-def varying(tree: Any, axis: str) -> Any:
-    """Return a copy of replicated arrays that counts as each device's own, inside ``shard_map``.
-
-    The gradient with respect to replicated parameters is the sum over the devices, and JAX adds it up
-    unasked; with respect to such a copy it stays the device's own.
-    """
-    if hasattr(jax.lax, "pcast"):
-        return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
-    return jax.tree.map(lambda x: jax.lax.pvary(x, axis), tree)
+def loss_fn(params: dict[str, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the mean cross-entropy in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(apply(params, x), y).mean()
 
 
-def averaged(grad_fn: ssam_jax.TwoPassGradFn, axis: str) -> ssam_jax.TwoPassGradFn:
-    """Return ``grad_fn`` with the mean over the devices for its result; further ascent steps stay local."""
-    own = grad_fn.value_and_grad
-    return dataclasses.replace(grad_fn, value_and_grad=lambda p, i: jax.lax.pmean(own(p, i), axis))
+def synchronized_step(tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+    """Return the ordinary step: where the batch lies is the compiler's business."""
 
-
-def per_device_step(
-    loss_fn: Callable[..., jax.Array],
-    tx: optax.GradientTransformationExtraArgs,
-    axis: str = AXIS,
-    active: Any = None,
-) -> Callable[..., tuple[Any, Any, jax.Array]]:
-    """Return a step to be mapped over devices, each of which perturbs by its own part of the batch.
-
-    Args:
-      loss_fn: ``loss_fn(params, *part)``, the mean over a part of the batch.
-      tx: a chain that starts with `ssam_jax.ssam`.
-      axis: the mesh axis over which the batch is spread.
-      active: which leaves are perturbed at all, for `ssam_jax.two_pass_value_and_grad`.
-
-    Returns:
-      ``step(params, opt_state, *part) -> (params, opt_state, loss)``; parameters and state are replicated.
-    """
-    two_pass = ssam_jax.two_pass_value_and_grad(loss_fn)
-
-    def step(params: Any, opt_state: Any, *part: Any) -> tuple[Any, Any, jax.Array]:
-        loss, grads, grad_fn = two_pass(varying(params, axis), *part, active=active)
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=averaged(grad_fn, axis))
-        return optax.apply_updates(params, updates), opt_state, jax.lax.pmean(loss, axis)
+    def step(params: Any, opt_state: Any, x: jax.Array, y: jax.Array) -> Any:
+        grad_fn = lambda point, i: jax.grad(loss_fn)(point, x, y)  # noqa: E731
+        updates, opt_state = tx.update(grad_fn(params, 0), opt_state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), opt_state
 
     return step
 
 
-def synchronised_step(
-    loss_fn: Callable[..., jax.Array], tx: optax.GradientTransformationExtraArgs
-) -> Callable[..., tuple[Any, Any, jax.Array]]:
-    """Return the ordinary step, on a batch that may be spread over devices; like `per_device_step`."""
+def per_device_step(tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+    """Return a step for ``shard_map``: each device perturbs by its own part of the batch."""
 
-    def step(params: Any, opt_state: Any, *batch: Any) -> tuple[Any, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
-        grad_fn = lambda params, i: jax.grad(loss_fn)(params, *batch)  # noqa: E731
+    def own(params: Any) -> Any:
+        """Each device's own copy of the parameters: JAX does not sum its gradient over the devices."""
+        if hasattr(jax.lax, "pcast"):
+            return jax.tree.map(lambda p: jax.lax.pcast(p, "data", to="varying"), params)
+        return jax.tree.map(lambda p: jax.lax.pvary(p, "data"), params)
+
+    def step(params: Any, opt_state: Any, x: jax.Array, y: jax.Array) -> Any:
+        grads = jax.grad(loss_fn)(own(params), x, y)  # local, not averaged
+
+        def grad_fn(point: Any, i: int) -> Any:  # at this device's w + eps
+            return jax.lax.pmean(jax.grad(loss_fn)(point, x, y), "data")
+
         updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
-        return optax.apply_updates(params, updates), opt_state, loss
+        return optax.apply_updates(params, updates), opt_state
 
     return step
 
 
-def make_methods(config: Config) -> dict[str, Method]:
-    """Return the rows of the table by name."""
-    two_of_four = ssam_jax.NM(2, 4, indivisible="whole")  # "whole": the head has 10 columns
-    fisher = ssam_jax.fisher_mask(two_of_four, refresh_every=digits.TRAIN // config.batch)
-    return {
-        "SGD": Method(False, perturbed=False),
-        "SAM, synchronised": Method(False),
-        "SAM, per device": Method(True),
-        "SSAM Fisher 2:4, synchronised": Method(False, fisher),
-        "SSAM Fisher 2:4, per device": Method(True, fisher),
-    }
-
-
-def make_trainer(config: Config, method: Method, data: digits.Data, mesh: Mesh) -> Callable[..., Any]:
-    """Return a function of a bar that trains all radii and seeds at once.
-
-    It returns the radii, and the parameters with a leading axis of radii times seeds.
-    """
-    model, steps = digits.Mlp(config.width), digits.TRAIN // config.batch
-    loss_fn = functools.partial(digits.loss_fn, model)
-    schedule = optax.cosine_decay_schedule(config.lr, config.epochs * steps)
-    radii = config.rhos if method.perturbed else (0.0,)
-
-    def optimizer(rho: Any) -> optax.GradientTransformationExtraArgs:
-        return optax.chain(
-            ssam_jax.ssam(rho if method.perturbed else 0.0, method.mask),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.sgd(schedule, momentum=0.9),
-        )
-
-    def init(seed: jax.Array) -> Any:
-        params = model.init(jax.random.key(seed), jnp.zeros((1, 64)))
-        return params, optimizer(0.0).init(params)
-
-    def epoch(carry: Any, rho: jax.Array, x: jax.Array, y: jax.Array, rows: jax.Array) -> Any:
-        make = per_device_step if method.per_device else synchronised_step
-        step = make(loss_fn, optimizer(rho))
-
-        def body(carry: Any, rows: jax.Array) -> Any:
-            params, opt_state, loss = step(*carry, x[rows], y[rows])
-            return (params, opt_state), loss
-
-        return jax.lax.scan(body, carry, rows)
-
-    axes = axes_of_runs(jax.eval_shape(init, jnp.int32(0)))
-    everywhere, by_example = PartitionSpec(), PartitionSpec(None, None, AXIS)
-    epochs = jax.vmap(epoch, in_axes=(axes, 0, None, None, 0), out_axes=(axes, 0))
-    if method.per_device:
-        specs = (everywhere, everywhere, everywhere, everywhere, by_example)
-        epochs = jax.shard_map(epochs, mesh=mesh, in_specs=specs, out_specs=everywhere)
-    replicated = NamedSharding(mesh, everywhere)
-    train_epoch = jax.jit(epochs, donate_argnums=0, out_shardings=replicated)
-    start = jax.jit(jax.vmap(init, out_axes=axes), out_shardings=replicated)
-
-    def train(bar: tqdm) -> tuple[Sequence[float], Any]:
-        carry = start(jnp.tile(jnp.arange(config.seeds), len(radii)))
-        rhos, x, y = jax.device_put(
-            (jnp.repeat(jnp.array(radii), config.seeds), data.train_x, data.train_y), replicated
-        )
-        for number in range(config.epochs):
-            rows = np.tile(draw(config, number), (len(radii), 1, 1))
-            carry, losses = train_epoch(
-                carry, rhos, x, y, jax.device_put(rows, NamedSharding(mesh, by_example))
-            )
-            losses.block_until_ready()  # a CPU runs out of threads if many collectives wait in line
-            bar.update()
-        return radii, jax.device_get(carry[0])
-
-    return train
-
-
-def draw(config: Config, number: int) -> np.ndarray:
-    """Return the examples of an epoch, int32 of shape (seeds, steps, batch), the same for every method."""
-    steps = digits.TRAIN // config.batch
-    orders = [np.random.default_rng((seed, number)).permutation(digits.TRAIN) for seed in range(config.seeds)]
-    return np.stack(orders)[:, : steps * config.batch].reshape(-1, steps, config.batch).astype(np.int32)
-
-
-def compare(config: Config, mesh: Mesh) -> list[Row]:
-    """Train every method with every radius; return the row of each with its best radius."""
-    data, model, best = digits.load_data(config.noise), digits.Mlp(config.width), []
-    accuracy = jax.jit(jax.vmap(functools.partial(digits.accuracy, model), in_axes=(0, None, None)))
-    methods = make_methods(config)
-    with tqdm(total=len(methods) * config.epochs, unit="epoch") as bar:
-        for name, method in methods.items():
-            bar.set_description(name)
-            radii, params = make_trainer(config, method, data, mesh)(bar)
-            shape = (len(radii), config.seeds)
-            valid = np.asarray(accuracy(params, data.valid_x, data.valid_y)).reshape(shape)
-            test = np.asarray(accuracy(params, data.test_x, data.test_y)).reshape(shape)
-            chosen = int(valid.mean(axis=1).argmax())
-            m = config.batch // config.devices if method.per_device else config.batch
-            best.append(Row(name, m, radii[chosen], valid[chosen], test[chosen]))
-    return best
-
-
-def table(rows: Sequence[Row], config: Config) -> str:
-    """Return the results as a Markdown table."""
-    lines = [
-        "| method | m | rho | validation accuracy, % | test accuracy, % |",
-        "| --- | ---: | ---: | --- | --- |",
-    ]
-    for row in rows:
-        valid, test = (
-            f"{100 * mean:.1f} ± {100 * std:.1f}" for mean, std in map(digits.mean_std, (row.valid, row.test))
-        )
-        radius = f"{row.m} | {row.rho}" if row.rho else " | "
-        lines.append(f"| {row.name} | {radius} | {valid} | {test} |")
-    notes = (
-        f"Mean ± standard deviation over {config.seeds} seeds, after {config.epochs} epochs with"
-        f" {config.noise:.0%} of the training labels wrong, on {config.devices} devices; m examples to a"
-        f" perturbation. Each rho is the best of {', '.join(map(str, config.rhos))} on the validation"
-        " examples."
-    )
-    return "\n".join(lines) + f"\n\n{notes}\n"
-
-
-def check(config: Config) -> None:
-    """Raise ValueError, naming the setting, unless all are in range."""
-    for name in ("devices", "seeds", "epochs", "width"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
-    if not 1 <= config.batch <= digits.TRAIN or config.batch % config.devices:
-        raise ValueError(
-            f"batch must be a multiple of devices, {config.devices}, and at most {digits.TRAIN},"
-            f" got {config.batch}."
-        )
-    if not 0 <= config.noise < 1:
-        raise ValueError(f"noise must be from 0 to below 1, got {config.noise}.")
-    if not config.rhos or not all(0 < rho < np.inf for rho in config.rhos):
-        raise ValueError(f"rhos must hold finite numbers above 0, got {config.rhos}.")
-    if not 0 < config.lr < np.inf:
-        raise ValueError(f"lr must be finite and above 0, got {config.lr}.")
-    if not 0 <= config.weight_decay < np.inf:
-        raise ValueError(f"weight_decay must be finite and at least 0, got {config.weight_decay}.")
+def train(config: Config, step: Callable[..., Any], tx: Any, mesh: Mesh, x: Any, y: Any) -> Any:
+    """Return the parameters after all epochs."""
+    by_example, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=everywhere)
+    params = init_params(jax.random.key(config.seed))
+    params, opt_state = jax.device_put((params, tx.init(params)), everywhere)
+    rng = np.random.default_rng(config.seed)
+    for _ in range(config.epochs):
+        order = rng.permutation(len(y))
+        for start in range(0, len(order) - config.batch + 1, config.batch):
+            rows = order[start : start + config.batch]
+            params, opt_state = step(params, opt_state, *jax.device_put((x[rows], y[rows]), by_example))
+        jax.block_until_ready(params)  # a CPU runs out of threads if many collectives wait in line
+    return jax.device_get(params)
 
 
 def main(config: Config) -> None:
-    """Print the table.
+    """Train with both steps, and print the table.
 
     Raises:
-      ValueError: a setting is out of range, or there are fewer devices than asked for.
+      ValueError: ``epochs`` or ``devices`` is below 1, or the devices do not divide the batch.
     """
-    check(config)
+    if min(config.epochs, config.devices) < 1:
+        raise ValueError(f"epochs and devices must be at least 1, got {config.epochs} and {config.devices}.")
+    if config.batch < 1 or config.batch % config.devices:
+        raise ValueError(f"batch must be a multiple of devices, {config.devices}, got {config.batch}.")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", config.devices)
-    if len(jax.devices()) < config.devices:
-        raise ValueError(
-            f"devices must be at most {len(jax.devices())}, what there is, got {config.devices}."
-        )
-    mesh = Mesh(np.array(jax.devices()[: config.devices]), (AXIS,))
-    print(table(compare(config, mesh), config))
+    mesh = Mesh(np.array(jax.devices()[: config.devices]), ("data",))
+    x, y = load_digits(return_X_y=True)
+    split = train_test_split((x / 16).astype(np.float32), y.astype(np.int32), test_size=500, random_state=0)
+    train_x, test_x, train_y, test_y = split
+    mask = ssam_jax.fisher_mask(ssam_jax.NM(2, 4), refresh_every=len(train_y) // config.batch)
+    tx = optax.chain(ssam_jax.ssam(config.rho, mask), optax.sgd(0.05, momentum=0.9))
+    specs = {"in_specs": (P(), P(), P("data"), P("data")), "out_specs": P()}
+    steps = {
+        "synchronized": (config.batch, synchronized_step(tx)),
+        "per device": (
+            config.batch // config.devices,
+            jax.shard_map(per_device_step(tx), mesh=mesh, **specs),
+        ),
+    }
+    print("| perturbation | m | test accuracy, % |\n| --- | ---: | ---: |")
+    for name, (m, step) in steps.items():
+        params = train(config, step, tx, mesh, train_x, train_y)
+        accuracy = np.mean(np.argmax(apply(params, test_x), axis=-1) == test_y)
+        print(f"| {name} | {m} | {100 * accuracy:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from training import processes
 
 import ssam_jax
+from ssam_experiments.running import processes
 
 STEPS, MIDDLE = 6, 3  # a mask is renewed every second step: before, at and after the checkpoint
 RULES = {

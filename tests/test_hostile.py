@@ -3,12 +3,8 @@
 A row is what is called, the exception's type, and what its message must say.
 """
 
-import dataclasses
 import functools
-import gc
 import inspect
-import os
-import shutil
 import types
 
 import flax.linen as nn
@@ -16,12 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 import tiny
 from flax import nnx
-from training import run
-from training.config import Config
 
 import ssam_jax
 import ssam_jax.linen
@@ -657,51 +650,6 @@ def test_a_schedule_of_nan_trades_nothing():
     before = tx.init(tiny.params())
     _, after = step(tx, state=before)
     tiny.assert_same(ssam_jax.get_mask(after), ssam_jax.get_mask(before))
-
-
-# Checkpoints.
-
-
-def truncated(folder):
-    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
-
-
-def without_its_files(folder):
-    shutil.rmtree(next(folder.glob("*/default")))
-
-
-def foreign(folder):
-    shutil.rmtree(folder)
-    with ocp.CheckpointManager(folder) as manager:
-        manager.save(1, args=ocp.args.StandardSave({"weights": jnp.ones(3)}))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Return the settings of a run of one step, which has left a checkpoint."""
-    config = Config(
-        model="mlp", limit=16, batch=16, epochs=1, method="ssam-fixed", perturb="head",
-        out=tmp_path_factory.mktemp("trained") / "run",
-    )  # fmt: skip
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        run.train(config)
-        yield config
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax leaves behind
-@pytest.mark.usefixtures("relaxed_promotion")
-@pytest.mark.parametrize("damage", [truncated, without_its_files, foreign])
-def test_the_trainer_says_which_checkpoint_it_cannot_read_and_what_to_do(trained, damage, tmp_path):
-    config = dataclasses.replace(trained, out=tmp_path / "run")
-    shutil.copytree(trained.out, config.out)
-    damage(config.out / "checkpoints")
-    with pytest.raises(run.CheckpointError, match=r"checkpoints/1 cannot be read.*Delete it.*another --out"):
-        run.train(config)
-    gc.collect()  # of what was reading the truncated file, which complains as it goes
 
 
 @pytest.mark.parametrize("restored", [dict, list])

@@ -113,6 +113,11 @@ def test_a_module_uses_public_interfaces_only(name):
     assert not any(text in MODULES[name].read_text() for text in ("jax._src", "optax._src"))
 
 
+def test_the_library_does_not_import_the_experiments():
+    users = [name for name, path in MODULES.items() if any("ssam_experiments" in i for i in imports(path))]
+    assert not users
+
+
 def test_flax_is_imported_only_by_the_modules_for_it():
     users = {name for name, path in MODULES.items() if any(i.split(".")[0] == "flax" for i in imports(path))}
     assert users <= {"linen", "nnx"}

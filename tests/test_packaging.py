@@ -27,10 +27,15 @@ def built(tmp_path_factory):
     return folder
 
 
-def test_the_wheel_holds_the_package_its_licence_and_nothing_else(built):
+def test_the_wheel_holds_the_packages_their_licence_and_nothing_else(built):
     with zipfile.ZipFile(built / f"{NAME}-py3-none-any.whl") as wheel:
         names = set(wheel.namelist())
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ssam_jax").rglob("*.py")}
+    homes = {"ssam_jax": ROOT, "ssam_experiments": ROOT / "experiments"}
+    sources = {
+        path.relative_to(home).as_posix()
+        for name, home in homes.items()
+        for path in (home / name).rglob("*.py")
+    }
     about = {f"{NAME}.dist-info/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
     assert names == {*sources, "ssam_jax/py.typed", *about}
 
@@ -50,7 +55,8 @@ def test_the_metadata_is_that_of_the_project(built):
 def test_the_source_distribution_holds_what_its_own_tests_need(built):
     with tarfile.open(built / f"{NAME}.tar.gz") as archive:
         names = {name.removeprefix(f"{NAME}/") for name in archive.getnames()}
-    wanted = ("tests/conftest.py", "examples/digits.py", "benchmarks/suite.py", "docs/two_pass.md")
+    wanted = ("conftest.py", "tests/tiny.py", "examples/digits.py", "benchmarks/suite.py", "docs/two_pass.md")
+    wanted += ("experiments/ssam_experiments/train.py", "experiments/tests/test_loop.py")
     wanted += ("pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "SECURITY.md")
     assert set(wanted) <= names
     assert not [name for name in names if ".venv" in name or "__pycache__" in name]

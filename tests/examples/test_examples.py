@@ -1,34 +1,115 @@
-"""Every example runs, in small."""
+"""Every example is short, stands alone, and runs, in small."""
 
-import json
+import ast
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from tiny import assert_close
 
-ROOT = Path(__file__).parents[2]
+import ssam_jax
+from ssam_experiments import m_sharpness
+
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = {path.stem: path for path in sorted(FOLDER.rglob("*.py"))}
+QUICK = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+DEVICES = r"--xla_force_host_platform_device_count=\d+"
 
 
-def test_the_demo_prints_a_table_and_draws_its_pictures(tmp_path):
-    command = [sys.executable, "-W", "error", ROOT / "examples" / "digits.py"]
-    options = ["--epochs", "2", "--seeds", "2", "--batch", "256", "--width", "8", "--out", tmp_path]
-    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, env=quick)
+def run(name, *options, environment=QUICK):
+    command = [sys.executable, "-W", "error", EXAMPLES[name], *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stderr
-    for name in ("SGD", "SAM", "Fisher", "dynamic", "2:4"):
-        assert name in result.stdout
-    for name in ("learning_curves.png", "mask_density.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-        assert name in result.stdout
-    assert json.loads((tmp_path / "results.json").read_text())
+    return result.stdout
 
 
-def test_the_demo_refuses_a_bad_setting_in_a_sentence(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs", "0", "--out", str(out)])
-    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
-        runpy.run_path(str(ROOT / "examples" / "digits.py"), run_name="__main__")
-    assert not out.exists()
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_has_150_lines_at_most_and_a_docstring(name):
+    text = EXAMPLES[name].read_text()
+    assert len(text.splitlines()) <= 150
+    assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_imports_neither_another_nor_the_experiments(name):
+    nodes = list(ast.walk(ast.parse(EXAMPLES[name].read_text())))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert not {module.split(".")[0] for module in imported} & {*EXAMPLES, "ssam_experiments"}
+
+
+def test_the_digits_are_trained_on_and_drawn(tmp_path):
+    picture = tmp_path / "pictures" / "digits.png"
+    printed = run("digits", "--epochs", "2", "--batch", "256", "--out", picture)
+    rows = re.findall(r"^\| (\S.*?) \| [\d.]+ \| ([\d.]+) \|$", printed, flags=re.M)
+    assert rows == [("SGD", "0.0"), ("SAM", "100.0"), ("SSAM Fisher 50%", "50.0")]
+    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in printed
+
+
+def test_each_device_perturbs_by_its_part_of_the_batch():
+    alone = {**QUICK, "XLA_FLAGS": re.sub(DEVICES, "", QUICK["XLA_FLAGS"])}  # it makes its devices itself
+    printed = run("m_sharpness", "--devices", "4", "--epochs", "1", environment=alone)
+    rows = re.findall(r"^\| (\S.*?) \| (\d+) \| [\d.]+ \|$", printed, flags=re.M)
+    assert rows == [("synchronized", "64"), ("per device", "16")]
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
+@pytest.mark.parametrize("per_device", [False, True])
+def test_a_step_of_the_example_is_that_of_the_study(per_device):
+    example = runpy.run_path(str(EXAMPLES["m_sharpness"]))
+    tx, params = optax.chain(ssam_jax.ssam(0.1), optax.sgd(0.1)), example["init_params"](jax.random.key(0))
+    x, y = jnp.sin(jnp.arange(16 * 64, dtype=jnp.float32)).reshape(16, 64), jnp.arange(16) % 10
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    if per_device:
+        ours = example["per_device_step"](tx)
+        theirs = m_sharpness.per_device_step(example["loss_fn"], tx)
+        specs = {"in_specs": (P(), P(), P("data"), P("data")), "out_specs": P()}
+        ours, theirs = (jax.shard_map(step, mesh=mesh, **specs) for step in (ours, theirs))
+    else:
+        ours = example["synchronized_step"](tx)
+        theirs = m_sharpness.synchronized_step(example["loss_fn"], tx)
+    found, expected = (jax.jit(step)(params, tx.init(params), x, y)[0] for step in (ours, theirs))
+    assert_close(found, expected)
+
+
+def test_layers_are_chosen_alike_on_one_device_and_on_four():
+    options = ["--width", "8", "--layers", "2", "--context", "8", "--batch", "4", "--steps", "30"]
+    found = []
+    for devices in (1, 4):
+        flags = re.sub(DEVICES, f"--xla_force_host_platform_device_count={devices}", QUICK["XLA_FLAGS"])
+        printed = run("language_model", *options, environment={**QUICK, "XLA_FLAGS": flags})
+        losses = [float(loss) for loss in re.findall(r": ([\d.]+) bits per character$", printed, flags=re.M)]
+        layers = re.findall(r"^(\w+: layers \[.*\])$", printed, flags=re.M)
+        assert len(losses) == 10 and losses[-1] < losses[0] and len(layers) == 4
+        found.append((losses, layers))
+    assert found[0][0] == pytest.approx(found[1][0], abs=5e-3)
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("digits", {"epochs": 0}, "epochs must be at least 1, got 0"),
+        ("digits", {"batch": 2000}, "batch must be from 1 to 1297, got 2000"),
+        ("digits", {"noise": 1.5}, "noise must be from 0 to 1, got 1.5"),
+        ("m_sharpness", {"devices": 0}, "epochs and devices must be at least 1, got 20 and 0"),
+        ("m_sharpness", {"batch": 60}, "batch must be a multiple of devices, 8, got 60"),
+        ("language_model", {"batch": 12}, "batch must be a multiple of 8, got 12"),
+        ("language_model", {"width": 30}, "width must be a multiple of 4, got 30"),
+    ],
+    ids=range(7),
+)
+def test_a_bad_setting_is_refused_in_a_sentence(name, changes, message):
+    example = runpy.run_path(str(EXAMPLES[name]))
+    with pytest.raises(ValueError, match=message):
+        example["main"](example["Config"](**changes))

@@ -1,0 +1,1 @@
+"""Images and labels: files, data sets in memory, streams from disk, batches."""

@@ -1,0 +1,1 @@
+"""One run: what is compiled, where arrays lie, the loop over epochs, metrics and checkpoints."""

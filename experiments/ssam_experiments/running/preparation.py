@@ -1,0 +1,131 @@
+"""Before a run: check the settings, join the processes, load the data, claim the folder."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ssam_experiments import models
+from ssam_experiments.config import Config, check
+from ssam_experiments.data import datasets
+from ssam_experiments.data.feeds import Feed, MemoryFeed, StreamFeed
+from ssam_experiments.running import placement, processes
+from ssam_experiments.running.metrics import MODULES, needed, write_whole
+from ssam_experiments.running.programs import Programs, make_programs
+
+TRACED: dict[str, Any] = {
+    "seed": 0,
+    "rho": 1.0,
+    "lr": 1.0,
+    "weight_decay": 0.0,
+}  # arguments of the compiled functions
+IRRELEVANT: dict[str, Any] = {  # settings that do not change the course of a run
+    "out": pathlib.Path(),
+    "preset": "none",
+    "workers": 1,
+    "checkpoint_every": None,
+    "evaluate_every": 1,
+    "tensorboard": False,
+    "wandb": False,
+    "processes": 1,
+    "process_id": 0,
+    "coordinator": "",
+    "heartbeat": 100,
+}
+ROUNDING: dict[str, Any] = {"devices": 1, "fsdp": False}  # settings that change it by rounding alone
+
+
+class Prepared(NamedTuple):
+    """What runs share if they differ in seed, radius, learning rate and weight decay only."""
+
+    feed: Feed
+    programs: Programs
+
+
+def prepare(config: Config) -> Prepared:
+    """Join the other processes, load the data, and make the functions of a run. Nothing is compiled yet.
+
+    Like runs get the same objects, and so compile once.
+
+    Raises:
+      FileNotFoundError: the data are missing.
+      ValueError: the settings do not fit one another, the data, the model or the devices, or a flag needs a
+        module that is missing.
+    """
+    check(config)
+    processes.start(config.coordinator, config.processes, config.process_id, config.heartbeat)
+
+    def alone() -> Prepared:
+        for flag in MODULES:
+            if getattr(config, flag):
+                needed(flag)
+        prepared = _prepare(dataclasses.replace(config, **TRACED, **IRRELEVANT), config.workers)
+        jax.eval_shape(prepared.programs.init, 0)  # the model, mask and optimizer fit
+        return prepared
+
+    shared = str(dataclasses.replace(config, process_id=0))
+    return processes.together(alone, lambda prepared: f"{shared} {prepared.feed.facts}")
+
+
+@functools.cache
+def _prepare(config: Config, workers: int) -> Prepared:
+    placement.check(config.devices)
+    if config.dataset == "imagenet":
+        feed: Feed = StreamFeed(config, workers)
+    else:
+        memory = (config.dataset, config.data, config.validation, config.limit, config.label_noise)
+        feed = MemoryFeed(config, _load(*memory))
+    model = models.make_model(
+        config.model,
+        classes=feed.classes,
+        stem="imagenet" if config.dataset == "imagenet" else "cifar",
+        dtype=jnp.dtype(config.precision),
+    )
+    return Prepared(feed, make_programs(config, model, feed))
+
+
+@functools.cache
+def _load(name: str, folder: pathlib.Path | None, validation: int, limit: int | None, noise: float) -> Any:
+    return datasets.load(name, folder, validation=validation, limit=limit, label_noise=noise)
+
+
+def claim(config: Config) -> None:
+    """Write the settings to the run's folder, or check that the settings there are the same.
+
+    The number of devices and processes may differ.
+
+    Raises:
+      ValueError: the settings differ, or a process does not see the folder of the others.
+    """
+    path = config.out / "config.json"
+    settings = dataclasses.asdict(dataclasses.replace(config, **IRRELEVANT))
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    processes.together(lambda: _claim(path, _plain(settings), _plain(defaults)), str)
+    processes.together(lambda: _is_there(path), str)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _claim(path: pathlib.Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
+    if not path.exists():
+        if processes.is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(settings, indent=1))
+        return
+    there = defaults | json.loads(path.read_text())  # a setting that is newer than the run had its default
+    other = [name for name, value in settings.items() if there[name] != value and name not in ROUNDING]
+    if other:
+        raise ValueError(
+            f"--out {path.parent} holds a run of other settings ({', '.join(other)}): name another folder."
+        )
+
+
+def _is_there(path: pathlib.Path) -> None:
+    if not path.exists():
+        raise ValueError(f"--out {path.parent} must be one folder for all processes: here it is another.")

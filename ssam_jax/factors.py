@@ -180,10 +180,12 @@ class Factors:
             )
 
 
-def check_gradient(grads: Gradients, like: Params, name: str, like_name: str) -> None:
-    """Raise unless ``grads`` is a gradient of parameters like these."""
+def check_gradient(grads: Gradients, like: Params, name: str, like_name: str) -> Gradients:
+    """Return ``grads`` in the structure of ``like``, or raise unless it is a gradient of such parameters."""
+    grads = trees.boxed_like(grads, like)
     trees.check_same_shapes(grads, like, name, like_name, ALONE)
     trees.check_floating(grads, name, "take it with jax.grad of a real loss of real parameters")
+    return grads
 
 
 def check_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -122,22 +122,22 @@ def ssam(
         uphill, state = factors.uphill(state, updates, params, **extra_args)
         mask = None if _is_implicit(grad_fn) else factors.mask_of(state, params)
 
+        def checked(grads: Gradients) -> Gradients:
+            return check_gradient(grads, updates, "what grad_fn returns", "the gradient")
+
         def perturbed(grad_fn: GradFn) -> Gradients:
             point = factors.point(params, uphill, radius, mask)
             for i in range(ascents - 1):
-                grads = _ascent_gradient(grad_fn, point, i)
-                check_gradient(grads, updates, "what grad_fn returns", "the gradient")
+                grads = checked(_ascent_gradient(grad_fn, point, i))
                 further, _ = factors.uphill(state, grads, params, **extra_args)
                 point = factors.point(point, further, radius, mask)
-            grads = grad_fn(point, ascents - 1)
-            check_gradient(grads, updates, "what grad_fn returns", "the gradient")
-            return grads
+            return checked(grad_fn(point, ascents - 1))
 
         def with_ascent(grad_fn: GradFn) -> tuple[Gradients, PyTree]:
             return factors.joined.update(updates, perturbed(grad_fn), state.combine, params)
 
         def without_ascent() -> tuple[Gradients, PyTree]:
-            grads = updates if grad_fn is None or _is_complete(grad_fn) else grad_fn(params, 0)
+            grads = updates if grad_fn is None or _is_complete(grad_fn) else checked(grad_fn(params, 0))
             return factors.joined.update(grads, None, state.combine, params)
 
         skips = skip_zero_rho and not radii.is_static(radius)

@@ -320,3 +320,19 @@ def test_a_gradient_of_another_shape_or_structure_is_refused_by_its_path():
         tx.update(params, state, params, grad_fn=lambda p, i: wrong)
     with pytest.raises(ValueError, match="the gradient must have the tree structure of params"):
         tx.update({"a": jnp.ones(4)}, state, params, grad_fn=lambda p, i: p)
+
+
+def test_a_message_about_structure_names_the_first_path_in_few_words_whatever_the_tree():
+    params = {f"layer_{i}": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for i in range(120)}
+    grads = {**params, "layer_77": {"kernel": params["layer_77"]["kernel"]}}
+    tx = ssam_jax.ssam(0.1)
+    with pytest.raises(
+        ValueError, match=r"at 'layer_77/bias' expected an array of shape \(2,\), got nothing"
+    ) as e:
+        tx.update(grads, tx.init(params), params, grad_fn=lambda p, i: p)
+    assert len(str(e.value)) < 600
+    deep = {"block": [params, (params,)]}
+    for other in ({"block": [params, [params]]}, [params], {"block": None}, {**deep, "more": 1.0}, 3.0):
+        with pytest.raises(ValueError, match="expected .* got ") as e:
+            tx.update(other, tx.init(deep), deep, grad_fn=lambda p, i: p)
+        assert len(str(e.value)) < 600

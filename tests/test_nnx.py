@@ -387,3 +387,32 @@ def test_a_loss_may_make_variables_and_must_take_them_away():
         ssam_jax.nnx.two_pass_value_and_grad(loss)(Linear(), X)
     (_, aux), _, _ = ssam_jax.nnx.two_pass_value_and_grad(popping_loss, has_aux=True)(Linear(), X)
     tiny.assert_same(aux, [X])
+
+
+def test_a_natural_grad_fn_that_returns_boxes_is_taken():
+    model, x = Perceptron(), jnp.array(nets.wave(4, 16))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def grad_fn(point, i):
+        return nnx.grad(square)(nnx.merge(graphdef, point, rest), x)
+
+    plain = nnx.to_pure_dict(params)
+    tx = ssam_jax.ssam(0.1)
+
+    def of_plain(point, i):
+        return grad_fn(_filled_state(params, point), i)
+
+    updates, _ = tx.update(nnx.to_pure_dict(grad_fn(params, 0)), tx.init(plain), plain, grad_fn=of_plain)
+    expected, _ = tx.update(
+        nnx.to_pure_dict(grad_fn(params, 0)),
+        tx.init(plain),
+        plain,
+        grad_fn=lambda p, i: nnx.to_pure_dict(of_plain(p, i)),
+    )
+    tiny.assert_close(updates, expected)
+
+
+def _filled_state(params, point):
+    state = jax.tree.map(lambda x: x, params)
+    nnx.replace_by_pure_dict(state, point)
+    return state

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
 from ssam_jax._base import checks
+from ssam_jax.typing import PyTree
 
 
-def leaf_paths(tree: chex.ArrayTree) -> list[str]:
+def leaf_paths(tree: PyTree) -> list[str]:
     """Return the path of each leaf, such as ``"params/Dense_0/kernel"``, in flattening order."""
     return [path_name(path) for path, _ in tree_flatten_with_path(tree)[0]]
 
@@ -27,7 +27,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return keystr(path[:-1] if boxed else path, simple=True, separator="/")
 
 
-def map_with_path(fn: Callable[..., Any], tree: chex.ArrayTree, *rest: chex.ArrayTree) -> Any:
+def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> Any:
     """Map ``fn(path, leaf, *leaves)`` over trees of one structure, with the path as a string."""
     return jax.tree_util.tree_map_with_path(lambda p, *leaves: fn(path_name(p), *leaves), tree, *rest)
 
@@ -36,7 +36,7 @@ SPLIT = "split the other leaves off first, for instance with equinox.partition o
 """What to do about parameters that are no real floats."""
 
 
-def check_floating(tree: chex.ArrayTree, name: str, remedy: str = SPLIT) -> None:
+def check_floating(tree: PyTree, name: str, remedy: str = SPLIT) -> None:
     """Raise TypeError, naming the leaf, unless every leaf is a real floating-point array."""
     for path, leaf in tree_flatten_with_path(tree)[0]:
         if not checks.is_kind(leaf, jnp.floating):
@@ -46,7 +46,7 @@ def check_floating(tree: chex.ArrayTree, name: str, remedy: str = SPLIT) -> None
             )
 
 
-def check_not_partial(tree: chex.ArrayTree) -> None:
+def check_not_partial(tree: PyTree) -> None:
     """Raise ValueError if optax.masked or optax.multi_transform has taken leaves out of ``tree``."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
@@ -58,18 +58,72 @@ def check_not_partial(tree: chex.ArrayTree) -> None:
         )
 
 
-def check_same_structure(tree: Any, like: Any, name: str, like_name: str, remedy: str = "") -> None:
-    """Raise ValueError, ending in a remedy if one is given, unless both trees have one structure."""
-    structure: Any = jax.tree.structure(tree)
-    expected: Any = jax.tree.structure(like)
-    if structure != expected:
+def check_same_structure(tree: PyTree, like: PyTree, name: str, like_name: str, remedy: str = "") -> None:
+    """Raise ValueError, naming the first path that differs, unless both trees have one structure."""
+    if not same_structure(tree, like):
+        path, expected, found = _first_difference(tree, like)
         raise ValueError(
-            f"{name} must have the tree structure of {like_name}: expected {expected}, got {structure}."
-            f"{remedy and ' '}{remedy}"
+            f"{name} must have the tree structure of {like_name}: at {path} expected {expected}, got"
+            f" {found}.{remedy and ' '}{remedy}"
         )
 
 
-def check_same_shapes(tree: Any, like: Any, name: str, like_name: str, remedy: str = "") -> None:
+def same_structure(tree: PyTree, like: PyTree) -> bool:
+    """Whether two trees have one structure."""
+    structure: Any = jax.tree.structure(tree)
+    return structure == jax.tree.structure(like)
+
+
+def boxed_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Return a tree in the structure of another that differs from it in Flax's boxes alone, else as it is."""
+    if same_structure(tree, like) or leaf_paths(tree) != leaf_paths(like):
+        return tree
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+
+
+def _first_difference(tree: PyTree, like: PyTree, path: tuple[Any, ...] = ()) -> tuple[str, str, str]:
+    """Return where two trees first differ in structure, what the second has there, and what the first."""
+    ours, theirs = _children(tree), _children(like)
+    if ours is not None and theirs is not None and type(tree) is type(like):
+        for key in [*theirs, *(key for key in ours if key not in theirs)]:
+            if key not in ours:
+                return _shown((*path, key)), _described(theirs[key]), "nothing"
+            if key not in theirs:
+                return _shown((*path, key)), "nothing", _described(ours[key])
+            if not same_structure(ours[key], theirs[key]):
+                return _first_difference(ours[key], theirs[key], (*path, key))
+        return _shown(path), f"{_described(like)} with other static data", _described(tree)
+    return _shown(path), _described(like), _described(tree)
+
+
+def _children(node: PyTree) -> dict[Any, PyTree] | None:
+    """Return the children of a node by their keys; None for a leaf."""
+    if jax.tree_util.all_leaves([node]):
+        return None
+    return {
+        path[0]: child for path, child in tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    }
+
+
+def _shown(path: tuple[Any, ...]) -> str:
+    """Return a path for a message, its middle left out if it is long."""
+    name = keystr(path, simple=True, separator="/")
+    return (repr(name) if len(name) <= 120 else f"{name[:50]!r}...{name[-50:]!r}") if path else "the top"
+
+
+def _described(node: PyTree) -> str:
+    """Return what stands somewhere in a tree, in a few words."""
+    children = _children(node)
+    if children is None:
+        shape = getattr(node, "shape", None)
+        return f"a {type(node).__name__:.60}" if shape is None else f"an array of shape {shape}"
+    if node is None:
+        return "None"
+    keys = ", ".join(keystr((key,), simple=True) for key in children)
+    return f"a {type(node).__name__:.60} of {len(children)}" + f" ({keys:.60})" * bool(children)
+
+
+def check_same_shapes(tree: PyTree, like: PyTree, name: str, like_name: str, remedy: str = "") -> None:
     """Raise ValueError, naming the first leaf that differs, unless structure and shapes agree."""
     check_same_structure(tree, like, name, like_name, remedy)
     for path, leaf, other in zip(leaf_paths(like), jax.tree.leaves(tree), jax.tree.leaves(like)):
@@ -80,7 +134,7 @@ def check_same_shapes(tree: Any, like: Any, name: str, like_name: str, remedy: s
             )
 
 
-def check_same_dtypes(tree: chex.ArrayTree, like: chex.ArrayTree, name: str, like_name: str) -> None:
+def check_same_dtypes(tree: PyTree, like: PyTree, name: str, like_name: str) -> None:
     """Raise TypeError, naming the first leaf that differs, unless trees of one structure agree in dtypes."""
     for path, leaf, other in zip(leaf_paths(like), jax.tree.leaves(tree), jax.tree.leaves(like)):
         found, expected = checks.kind(leaf), checks.kind(other)
@@ -101,7 +155,7 @@ def widened(x: jax.Array) -> jax.Array:
     return x.astype(wide_dtype(x))
 
 
-def global_norm(tree: chex.ArrayTree) -> jax.Array:
+def global_norm(tree: PyTree) -> jax.Array:
     """Return the l2 norm over all leaves, a scalar accumulated in float32 whatever their dtypes.
 
     With a float64 leaf it is accumulated in float64. An empty tree has norm 0.
@@ -122,6 +176,6 @@ def copied(x: jax.Array) -> jax.Array:
     return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x)
 
 
-def where(condition: bool | jax.Array, if_true: Any, if_false: Any) -> Any:
+def where(condition: bool | jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
     """Choose between two trees of one structure by a scalar bool, without control flow."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)

@@ -33,9 +33,9 @@ LAYERS = [
     ["sam"],
     ["alternating"],
     ["two_pass.splitting", "two_pass.implicit.weights", "two_pass.loss"],
-    ["two_pass.planning.products", "two_pass.implicit.implicit", "two_pass.planning.knapsack"],
+    ["two_pass.planning.counting", "two_pass.implicit.implicit", "two_pass.planning.search"],
     ["two_pass.planning.costs", "two_pass.passes"],
-    ["two_pass.planning.choosing"],
+    ["two_pass.planning.report"],
     [""],  # ssam_jax itself
     ["__main__"],
     ["linen", "nnx", "sharpness.convolutions"],
@@ -103,6 +103,14 @@ def test_a_module_uses_public_interfaces_only(name):
     ]
     assert not private
     assert not any(text in MODULES[name].read_text() for text in ("jax._src", "optax._src"))
+
+
+def test_the_planner_is_imported_through_the_doors_alone():
+    def plans(name):
+        return name.startswith("two_pass.planning")
+
+    users = {name for name, path in MODULES.items() if any(map(plans, own_imports(path)))}
+    assert {name for name in users if not plans(name)} <= {"", "two_pass"}
 
 
 def test_flax_is_imported_only_by_the_modules_for_it():

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from ssam_jax._base import tracing
 from ssam_jax.two_pass import splitting
 from ssam_jax.two_pass.active import Active, FirstRow
-from ssam_jax.two_pass.planning import products
+from ssam_jax.two_pass.planning import counting
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def count(traced: tracing.Traced) -> Costs:
     ``cond`` counts as its most expensive branch, and a ``while`` loop as if it ran once. A loss with
     side effects is not split: any active leaf costs it an SGD step.
     """
-    program = products.compile_equations(traced.jaxpr)
+    program = counting.compile_equations(traced.jaxpr)
     leaves = len(traced.jaxpr.invars) - len(traced.args)
     stacked = _stacked(program, leaves)
-    shapes = map(products.shape, traced.jaxpr.invars[:leaves])
+    shapes = map(counting.shape, traced.jaxpr.invars[:leaves])
     rows = tuple(shape[0] if i in stacked else 1 for i, shape in enumerate(shapes))
     walk = _Walk()
     values, offset = [], 0
@@ -90,7 +90,7 @@ def count(traced: tracing.Traced) -> Costs:
     units = dict(walk.units)
     if tracing.side_effect(traced.jaxpr):
         units = {_range(0, offset): walk.sgd}
-    return Costs(walk.sgd, units, rows, tuple(dict.fromkeys(products.opaque(program))))
+    return Costs(walk.sgd, units, rows, tuple(dict.fromkeys(counting.opaque(program))))
 
 
 class _Set(NamedTuple):
@@ -124,7 +124,7 @@ class _Tape(NamedTuple):
       outs: the results.
     """
 
-    program: products.Program
+    program: counting.Program
     flow: list[int]
     gradient: list[int]
     around: int
@@ -180,7 +180,7 @@ class _Walk:
     sgd: float = 0.0
     units: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
 
-    def forward(self, program: products.Program, inputs: Sequence[_Value], around: int) -> _Tape:
+    def forward(self, program: counting.Program, inputs: Sequence[_Value], around: int) -> _Tape:
         flow, gradient = [0] * program.size, [0] * program.size
         rows: dict[int, list[_Set]] = {}
         inner: dict[int, list[_Tape]] = {}
@@ -210,7 +210,7 @@ class _Walk:
                 write(node.outs, _by_rows(node, read(node.ins)) or ())
         return _Tape(program, flow, gradient, around, inner, read(program.outs))
 
-    def _forward_body(self, node: products.Node, inputs: list[_Value]) -> tuple[list[_Tape], list[_Value]]:
+    def _forward_body(self, node: counting.Node, inputs: list[_Value]) -> tuple[list[_Tape], list[_Value]]:
         together = _union(value.whole for value in inputs)
         if node.kind == "checkpoint":
             tape = self.forward(node.body, inputs, 0)
@@ -228,7 +228,7 @@ class _Walk:
         return [tape], [_Value(out, None) for out in outs]
 
     def _forward_scan(
-        self, node: products.Node, inputs: list[_Value], together: _Set
+        self, node: counting.Node, inputs: list[_Value], together: _Set
     ) -> tuple[list[_Tape], list[_Value]]:
         """Walk a scan row by row if rows of its inputs are kept apart, else once for all rows."""
         n_consts, n_carry = node.eqn.params["num_consts"], node.eqn.params["num_carry"]
@@ -253,10 +253,10 @@ class _Walk:
             ys.append(_Value(_union(parts), parts))
         return tapes, [*carry, *ys]
 
-    def _once(self, node: products.Node, consts: Any, carry: Any, xs: Any, around: int) -> _Tape:
+    def _once(self, node: counting.Node, consts: Any, carry: Any, xs: Any, around: int) -> _Tape:
         return self.forward(node.body, [*consts, *carry, *xs], around)
 
-    def _settled(self, node: products.Node, consts: Any, carry: Any, xs: Any, around: int) -> _Tape:
+    def _settled(self, node: counting.Node, consts: Any, carry: Any, xs: Any, around: int) -> _Tape:
         """Walk the body until what the carry depends on no longer grows."""
         while True:
             tape = self._once(node, consts, carry, xs, around)
@@ -282,7 +282,7 @@ class _Walk:
                 self._backward_body(node, tape, tape.inner[number], back, scope)
         return back.of(program.ins)
 
-    def _backward_equation(self, node: products.Node, tape: _Tape, back: _Back, scope: _Scope) -> None:
+    def _backward_equation(self, node: counting.Node, tape: _Tape, back: _Back, scope: _Scope) -> None:
         ins, gradient = node.ins, tape.gradient
         pulled = any(back.cotangent[o] and gradient[o] for o in node.outs)
         needs = []
@@ -328,7 +328,7 @@ class _Walk:
             self.units[leaves] += flops
 
     def _backward_body(
-        self, node: products.Node, tape: _Tape, inner: list[_Tape], back: _Back, scope: _Scope
+        self, node: counting.Node, tape: _Tape, inner: list[_Tape], back: _Back, scope: _Scope
     ) -> None:
         results = back.of(node.outs)
         scope = scope._replace(late=scope.late or node.late)
@@ -358,14 +358,14 @@ class _Walk:
             back.add(node.ins[: len(node.body.ins)], operands)
             self._need_all(node, back)
 
-    def _need_all(self, node: products.Node, back: _Back) -> None:
+    def _need_all(self, node: counting.Node, back: _Back) -> None:
         """Need what decides on the way of a block, such as the predicate, wherever its results are."""
         for need in back.needs:
             found = functools.reduce(lambda found, slot: found | need[slot], node.outs, 0)
             for slot in node.ins[len(node.body.ins) :]:
                 need[slot] |= found
 
-    def _backward_scan(self, node: products.Node, tapes: list[_Tape], results: _Back, scope: _Scope) -> _Back:
+    def _backward_scan(self, node: counting.Node, tapes: list[_Tape], results: _Back, scope: _Scope) -> _Back:
         n_consts, n_carry = node.eqn.params["num_consts"], node.eqn.params["num_carry"]
         carried = range(n_consts, n_consts + n_carry)
         scope = scope._replace(loop=-1 if node.times > 1 else scope.loop)
@@ -395,7 +395,7 @@ def _last_row(tapes: list[_Tape]) -> int:
     return tapes[-1].around & ~before
 
 
-def _by_rows(node: products.Node, inputs: list[_Value]) -> list[_Value] | None:
+def _by_rows(node: counting.Node, inputs: list[_Value]) -> list[_Value] | None:
     """Return what is known of the rows of a result, or None if the equation mixes rows."""
     if node.eqn.primitive.name == "slice":
         params, rows = node.eqn.params, inputs[0].rows
@@ -414,7 +414,7 @@ def _by_rows(node: products.Node, inputs: list[_Value]) -> list[_Value] | None:
     return [_Value(_union(parts), parts)]
 
 
-def _order(node: products.Node) -> range:
+def _order(node: counting.Node) -> range:
     """Return the rows of a scan in the order in which it comes to them."""
     rows = range(node.eqn.params["length"])
     return rows[::-1] if node.eqn.params["reverse"] else rows
@@ -439,11 +439,11 @@ def _saves(policy: Any, eqn: tracing.Equation) -> bool:
     return bool(decision) if isinstance(decision, bool) else type(decision).__name__ != "RecomputeType"
 
 
-def _stacked(program: products.Program, leaves: int) -> set[int]:
+def _stacked(program: counting.Program, leaves: int) -> set[int]:
     """Return which of the first inputs are scanned over, maybe after operations that keep rows apart."""
     found: set[int] = set()
 
-    def walk(program: products.Program, inputs: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+    def walk(program: counting.Program, inputs: Sequence[frozenset[int]]) -> list[frozenset[int]]:
         carried: list[frozenset[int]] = [frozenset()] * program.size
         for slot, value in zip(program.ins, inputs):
             carried[slot] = value
@@ -475,4 +475,4 @@ def _keeps_rows(eqn: tracing.Equation) -> bool:
 def _is_row(eqn: tracing.Equation) -> bool:
     """Whether an equation takes one row of a stack of a size that layers come in."""
     start, limit = eqn.params["start_indices"][0], eqn.params["limit_indices"][0]
-    return limit - start == 1 < products.shape(eqn.invars[0])[0] <= 1024
+    return limit - start == 1 < counting.shape(eqn.invars[0])[0] <= 1024

@@ -17,7 +17,7 @@ from ssam_jax._base import checks, tracing, trees
 from ssam_jax.two_pass import loss as losses
 from ssam_jax.two_pass import splitting
 from ssam_jax.two_pass.active import Active, FirstRow, check_active
-from ssam_jax.two_pass.planning import costs, knapsack, products
+from ssam_jax.two_pass.planning import costs, counting, search
 from ssam_jax.typing import Params
 
 
@@ -165,7 +165,7 @@ def choose_active(
     if not counted.sgd:
         return tuple(bool(budget >= 2 and array.sum() > 0) for array in arrays)
     by_bit = list(itertools.chain(*map(_row_scores, arrays, counted.rows)))
-    choice = knapsack.best(_needs(counted), list(counted.units.values()), by_bit, (budget - 1) * counted.sgd)
+    choice = search.best(_needs(counted), list(counted.units.values()), by_bit, (budget - 1) * counted.sgd)
     if choice.short:
         warnings.warn(
             f"choose_active has found leaves with a total score of {choice.score:.6g}; the best there are"
@@ -191,7 +191,7 @@ def _trace(loss_fn: Callable[..., Any], params: Params, args: Sequence[Any]) -> 
 
 def _part(jaxpr: tracing.Equations) -> Part:
     equations, moved = _size(jaxpr)
-    return Part(equations, products.forward_flops(jaxpr), moved)
+    return Part(equations, counting.forward_flops(jaxpr), moved)
 
 
 def _size(jaxpr: tracing.Equations) -> tuple[int, float]:
@@ -199,7 +199,7 @@ def _size(jaxpr: tracing.Equations) -> tuple[int, float]:
     equations, moved = 0, 0.0
     for eqn in jaxpr.eqns:
         inner = [_size(body) for body in tracing.bodies(eqn)]
-        if inner and eqn.primitive.name not in products.CUSTOM:
+        if inner and eqn.primitive.name not in counting.CUSTOM:
             equations += sum(size[0] for size in inner)
             moved += eqn.params.get("length", 1) * max(size[1] for size in inner)
         else:
@@ -219,8 +219,8 @@ def _unsplit(halves: splitting.Halves) -> list[str]:
     for eqn in halves.suffix.eqns:
         mixed = any(not tracing.is_literal(atom) and atom in known for atom in eqn.invars)
         split = tracing.inlined_body(eqn) is not None or eqn.primitive.name in splitting.CHECKPOINT
-        if mixed and not split and any(map(products.forward_flops, tracing.bodies(eqn))):
-            found.append(products.described(eqn))
+        if mixed and not split and any(map(counting.forward_flops, tracing.bodies(eqn))):
+            found.append(counting.described(eqn))
     return found
 
 

@@ -1,14 +1,14 @@
-"""Which equations are matrix products and convolutions, what they cost, how others are differentiated.
+"""The equations of a loss and its gradient as a program to walk through, with the products counted.
 
-A program is prepared here for being walked through many times: nested ``jit`` inlined, variables
-numbered, the operations of each product counted.
+JAX differentiates the loss, as it does in a step. So custom derivative rules, checkpoints, loops and solvers
+cost what JAX computes for them, and nothing here knows how an equation is differentiated.
 """
 
-import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -32,148 +32,213 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged
 CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 UNKNOWN = ("pallas_call", "ffi_call", "custom_call", "pure_callback", "io_callback")
 
+UNSPLIT = "ssam_jax_unsplit"
+"""The name of a ``jit`` whose equations the two passes do not split."""
+
+Atom: TypeAlias = Any
+"""An operand of an equation: a variable or a literal."""
+
+Value: TypeAlias = Any
+"""What an operand holds: an array, or a tracer of one."""
+
+Slots: TypeAlias = Sequence[int]
+"""The numbers of some values of a program."""
+
+T = TypeVar("T")
+
 
 class Node(NamedTuple):
     """An equation.
 
     Attributes:
-      kind: how it is differentiated, or what its body is to it.
-      ins: slots of its operands; slot 0 holds constants.
-      outs: slots of its results.
-      inexact: whether gradients flow through each result.
-      flops: of the product that it is, else 0.
-      body: the program it runs, if any.
-      times: how often it runs it, in all devices together.
-      late: whether it belongs to the backward pass of a custom rule.
       eqn: the equation.
+      ins: slots of its operands; those that its body takes come first.
+      outs: slots of its results.
+      flops: operations of the product that it is, else 0.
+      body: the program that it runs, if any.
+      times: how often it runs the body, on all devices together.
+      recomputes: whether the compiler must compute it even where it knows the result.
     """
 
-    kind: str
-    ins: tuple[int, ...]
-    outs: tuple[int, ...]
-    inexact: tuple[bool, ...]
-    flops: float
-    body: Any
-    times: float
-    late: bool
     eqn: tracing.Equation
+    ins: Slots
+    outs: Slots
+    flops: float
+    body: "Program | None"
+    times: int
+    recomputes: bool
+
+    @property
+    def is_scan(self) -> bool:
+        """Whether it is a loop over the rows of its operands."""
+        return self.eqn.primitive.name == "scan"
+
+    @property
+    def order(self) -> range:
+        """The rows of a scan in the order of its runs."""
+        rows = range(self.times)
+        return rows[::-1] if self.eqn.params["reverse"] else rows
+
+    def sections(self, operands: Sequence[T]) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
+        """Divide the operands of a scan: constants, what it carries between runs, what it takes by rows."""
+        first = self.eqn.params["num_consts"]
+        last = first + self.eqn.params["num_carry"]
+        return operands[:first], operands[first:last], operands[last:]
 
 
 class Program(NamedTuple):
     """Equations whose variables are slots of a list."""
 
     size: int
-    ins: list[int]
-    outs: list[int]
+    ins: Slots
+    outs: Slots
     nodes: list[Node]
 
     @property
     def flops(self) -> float:
         """Operations of one run."""
-        return sum(n.flops + (n.times * n.body.flops if n.body else 0) for n in self.nodes if not n.late)
+        return sum(node.flops + (node.times * node.body.flops if node.body else 0) for node in self.nodes)
 
 
-def compile_equations(
-    jaxpr: tracing.Equations, inside_shards: bool = False, late: Sequence[Any] = ()
-) -> Program:
-    """Prepare a program, nested ``jit`` inlined.
+def differentiate(traced: tracing.Traced) -> tracing.Equations:
+    """Return the equations of a loss and of its gradient.
 
-    Args:
-      jaxpr: the program.
-      inside_shards: whether it is the body of a ``shard_map``, where axis names are bound.
-      late: its inputs from which the backward pass of a custom rule starts.
+    They take the leaves of the parameters, the other arguments and the cotangent of the loss, and return
+    the results of the loss and the gradient of each leaf.
     """
-    nodes: list[Node] = []
-    numbers = itertools.count(1)
-    tainted: set[int] = set()
+    avals = [_abstract(var) for var in traced.jaxpr.invars]
+    leaves = len(avals) - len(traced.args)
 
-    def inline(jaxpr: tracing.Equations, known: dict[Any, int]) -> list[int]:
-        def read(atom: Any) -> int:
-            return 0 if tracing.is_literal(atom) else known.get(atom, 0)
+    def program(params: list[Value], args: list[Value], cotangent: Value) -> list[Value]:
+        def loss(params: list[Value]) -> tuple[Value, list[Value]]:
+            value, *aux = tracing.interpret(traced.jaxpr, traced.consts, [*params, *args], _wrap)
+            return value, aux
 
-        for eqn in jaxpr.eqns:
-            ins = tuple(map(read, eqn.invars))
-            body = tracing.inlined_body(eqn)
-            if body is not None:
-                outs = inline(body.jaxpr, dict(zip(body.jaxpr.invars, ins)))
-            else:
-                outs = [next(numbers) for _ in eqn.outvars]
-                is_late = not tainted.isdisjoint(ins)
-                tainted.update(outs if is_late else ())
-                nodes.append(_node(eqn, ins, tuple(outs), inside_shards, is_late))
-            known.update(zip(eqn.outvars, outs))
-        return [read(atom) for atom in jaxpr.outvars]
+        value, pull, aux = jax.vjp(loss, params, has_aux=True)
+        return [value, *aux, *pull(cotangent)[0]]
 
-    slots = {var: next(numbers) for var in jaxpr.invars}
-    tainted.update(slots[var] for var in late)
-    inputs = list(slots.values())
-    outs = inline(jaxpr, slots)
-    return Program(next(numbers), inputs, outs, nodes)
+    jaxpr, _ = tracing.retrace(program, avals[:leaves], avals[leaves:], _abstract(traced.jaxpr.outvars[0]))
+    return jaxpr
 
 
-def _node(
-    eqn: tracing.Equation, ins: tuple[int, ...], outs: tuple[int, ...], inside_shards: bool, late: bool
-) -> Node:
-    name, params = eqn.primitive.name, eqn.params
-    inner = functools.partial(compile_equations, inside_shards=inside_shards)
-    kind, body, times = "nonlinear", None, 1.0
-    if name in PRODUCTS:
-        kind = "product"
-    elif name in LINEAR or name in splitting.CONSTANT:
-        kind = "linear"
-    elif name in splitting.CHECKPOINT:
-        kind, body = "checkpoint", inner(params["jaxpr"])
-    elif name == "scan":
-        kind, body, times = "scan", inner(params["jaxpr"].jaxpr), params["length"]
-    elif name == "cond":
-        kind, body = "block", max((inner(b.jaxpr) for b in params["branches"]), key=lambda b: b.flops)
-        ins = (*ins[1:], ins[0])
-    elif name == "while":
-        kind, body = "block", inner(params["body_jaxpr"].jaxpr)
-        ins = (*ins[params["cond_nconsts"] :], *ins[: params["cond_nconsts"]])
-    elif name in ("jit", "pjit"):
-        kind, body = "block", inner(params["jaxpr"].jaxpr)
-    elif name == "shard_map":
-        kind, body, times = (
-            "block",
-            compile_equations(params["jaxpr"], inside_shards=True),
-            params["mesh"].size,
-        )
-    elif name in CUSTOM:
-        call = inner(next(tracing.bodies(eqn)))
-        if inside_shards:
-            kind, body = "block", call
-        elif call.flops or name != "custom_jvp_call":
-            kind, body = "custom", _differentiated(eqn)
-    inexact = tuple(name not in splitting.CONSTANT and tracing.is_inexact(var) for var in eqn.outvars)
-    return Node(kind, ins, outs, inexact, _flops(eqn), body, float(times), late, eqn)
+def _wrap(eqn: tracing.Equation, operands: Sequence[Value]) -> Sequence[Value]:
+    """Compute an equation, one with a custom rule in a ``jit``: JAX opens it up, the two passes do not."""
+    body = tracing.inlined_body(eqn)
+    if body is not None:
+        return tracing.interpret(body.jaxpr, body.consts, operands, _wrap)
+    if eqn.primitive.name in splitting.CHECKPOINT:
+        block = eqn.params["jaxpr"]
+        jaxpr, consts = tracing.retrace(lambda *xs: tracing.interpret(block, (), xs, _wrap), *operands)
+        return tracing.bind(eqn, [*consts, *operands], jaxpr=jaxpr, prevent_cse=_prevents_cse(eqn))
+
+    def unsplit(*operands: Value) -> list[Value]:
+        return tracing.apply(eqn, operands)
+
+    unsplit.__name__ = UNSPLIT
+    return (jax.jit(unsplit) if eqn.primitive.name in CUSTOM else unsplit)(*operands)
 
 
-def _differentiated(eqn: tracing.Equation) -> Program:
-    """Return the program of operands and cotangents that computes results and the operands' cotangents."""
-    float_in, float_out = (list(map(tracing.is_inexact, vs)) for vs in (eqn.invars, eqn.outvars))
-
-    def program(operands: list[Any], cotangents: list[Any]) -> list[Any]:
-        def call(*inexact: Any) -> tuple[list[Any], list[Any]]:
-            given = iter(inexact)
-            results = tracing.apply(eqn, [next(given) if f else x for f, x in zip(float_in, operands)])
-            return [r for r, f in zip(results, float_out) if f], results
-
-        _, pull, results = jax.vjp(call, *(x for x, f in zip(operands, float_in) if f), has_aux=True)
-        return [*results, *pull([c for c, f in zip(cotangents, float_out) if f])]
-
-    operands, results = ([_abstract(var) for var in vs] for vs in (eqn.invars, eqn.outvars))
-    jaxpr, _ = tracing.retrace(program, operands, results)
-    return compile_equations(jaxpr, late=jaxpr.invars[len(operands) :])
-
-
-def _abstract(atom: Any) -> jax.ShapeDtypeStruct:
+def _abstract(atom: Atom) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
-def shape(atom: Any) -> tuple[int, ...]:
-    """Return the shape of a variable or a literal."""
-    return atom.aval.shape
+def _prevents_cse(eqn: tracing.Equation) -> bool:
+    return bool(np.any(eqn.params["prevent_cse"]))  # it may be one for each operand
+
+
+def compile_equations(jaxpr: tracing.Equations) -> Program:
+    """Prepare a program for being walked through.
+
+    Calls and checkpoints are inlined. Of equal equations one is kept, as by the compiler, except in the
+    backward pass of a checkpoint that forbids it.
+    """
+    numbers = itertools.count()
+    nodes: list[Node] = []
+    literals: defaultdict[Hashable, int] = defaultdict(lambda: next(numbers))
+    computed: dict[Hashable, Slots] = {}
+
+    def fresh(variables: Sequence[Atom]) -> Slots:
+        return [next(numbers) for _ in variables]
+
+    def inline(jaxpr: tracing.Equations, inputs: Slots, checkpoint: int | None) -> Slots:
+        slots = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*fresh(jaxpr.constvars), *inputs]))
+
+        def read(atom: Atom) -> int:
+            if tracing.is_literal(atom):
+                return literals[atom.aval, np.asarray(atom.val).tobytes()]
+            return slots[atom]
+
+        for eqn in jaxpr.eqns:
+            ins = [read(atom) for atom in eqn.invars]
+            called = _called(eqn)
+            if called is None:
+                outs = compute(eqn, ins, checkpoint)
+            else:  # what a checkpoint recomputes for good is equal to nothing outside of it
+                outs = inline(called, ins, next(numbers) if _recomputes(eqn) else checkpoint)
+            slots.update(zip(eqn.outvars, outs))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def compute(eqn: tracing.Equation, ins: Slots, checkpoint: int | None) -> Slots:
+        key = _key(eqn, ins, checkpoint)
+        if key not in computed:
+            computed[key] = fresh(eqn.outvars)
+            ins, bodies, times = _bodies(eqn, ins)
+            body = max(map(compile_equations, bodies), key=lambda body: body.flops, default=None)
+            nodes.append(Node(eqn, ins, computed[key], _flops(eqn), body, times, checkpoint is not None))
+        return computed[key]
+
+    inputs = fresh(jaxpr.invars)
+    outs = inline(jaxpr, inputs, None)
+    return Program(next(numbers), inputs, outs, nodes)
+
+
+def _key(eqn: tracing.Equation, ins: Slots, checkpoint: int | None) -> Hashable:
+    """Return what two equations have in common if they compute the same."""
+    key = (eqn.primitive, checkpoint, *ins, *eqn.params.items())
+    try:
+        hash(key)
+    except TypeError:  # a parameter cannot be compared
+        return object()
+    return key
+
+
+def _called(eqn: tracing.Equation) -> tracing.Equations | None:
+    """Return the program that an equation is a mere call of, or None."""
+    name = eqn.primitive.name
+    if name in (*CUSTOM, "custom_vmap_call", "linear_call", "remat_opt"):
+        return next(tracing.bodies(eqn))
+    if name in splitting.CHECKPOINT:
+        return eqn.params["jaxpr"]
+    body = tracing.inlined_body(eqn)
+    return None if body is None or eqn.params.get("name") == UNSPLIT else body.jaxpr
+
+
+def _recomputes(eqn: tracing.Equation) -> bool:
+    """Whether an equation is the backward pass of a checkpoint, with a barrier before it."""
+    return eqn.primitive.name in splitting.CHECKPOINT and eqn.params["differentiated"] and _prevents_cse(eqn)
+
+
+def _bodies(eqn: tracing.Equation, ins: Slots) -> tuple[Slots, list[tracing.Equations], int]:
+    """Return the operands, those of the body first; the bodies, of which one runs; and how often it runs."""
+    params = eqn.params
+    match eqn.primitive.name:
+        case "scan":
+            return ins, [params["jaxpr"].jaxpr], params["length"]
+        case "cond":
+            return [*ins[1:], ins[0]], [branch.jaxpr for branch in params["branches"]], 1
+        case "while":
+            n_cond = params["cond_nconsts"]
+            return [*ins[n_cond:], *ins[:n_cond]], [params["body_jaxpr"].jaxpr], 1
+        case "jit" | "pjit":
+            return ins, [params["jaxpr"].jaxpr], 1
+        case "shard_map":
+            return ins, [params["jaxpr"]], params["mesh"].size
+        case "custom_linear_solve":
+            sizes = params["const_lengths"]
+            start = sizes.matvec + sizes.vecmat
+            taken = [*ins[start : start + sizes.solve], *ins[sum(sizes) :]]
+            return [*taken, *ins], [params["jaxprs"].solve.jaxpr], 1
+    return ins, [], 1
 
 
 def _flops(eqn: tracing.Equation) -> float:
@@ -181,10 +246,10 @@ def _flops(eqn: tracing.Equation) -> float:
     match eqn.primitive.name:
         case "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            lhs = shape(eqn.invars[0])
-            return 2.0 * math.prod(shape(eqn.outvars[0])) * math.prod(lhs[i] for i in contracted)
+            lhs = tracing.shape(eqn.invars[0])
+            return 2.0 * math.prod(tracing.shape(eqn.outvars[0])) * math.prod(lhs[i] for i in contracted)
         case "ragged_dot" | "ragged_dot_general":
-            return 2.0 * math.prod(shape(eqn.invars[0])) * shape(eqn.outvars[0])[-1]
+            return 2.0 * math.prod(tracing.shape(eqn.invars[0])) * tracing.shape(eqn.outvars[0])[-1]
         case "conv_general_dilated":
             return _convolution_flops(eqn)
     return 0.0
@@ -194,7 +259,7 @@ def _convolution_flops(eqn: tracing.Equation) -> float:
     """Count the multiply-adds of a convolution on data, not on padding and not between the strides."""
     params = eqn.params
     lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
-    lhs, rhs, out = map(shape, (*eqn.invars[:2], eqn.outvars[0]))
+    lhs, rhs, out = map(tracing.shape, (*eqn.invars[:2], eqn.outvars[0]))
     total = 2.0 * lhs[lhs_spec[0]] * rhs[rhs_spec[0]] * rhs[rhs_spec[1]] / params["batch_group_count"]
     windows = zip(params["window_strides"], params["padding"], params["lhs_dilation"], params["rhs_dilation"])
     for i, (stride, (low, _), lhs_dilation, rhs_dilation) in enumerate(windows, start=2):
@@ -214,14 +279,14 @@ def opaque(program: Program) -> list[str]:
     """Return the equations whose operations are not known, or not how often they run."""
     found = []
     for node in program.nodes:
-        name, inner = node.eqn.primitive.name, [] if node.body is None else opaque(node.body)
+        name = node.eqn.primitive.name
         hidden = node.body is None and any(map(forward_flops, tracing.bodies(node.eqn)))
-        if name in UNKNOWN or hidden or (name == "while" and node.body.flops):
-            found.append(described(node.eqn))
-        found += inner
+        if name in UNKNOWN or hidden or (name == "while" and node.body and node.body.flops):
+            found.append(describe(node.eqn))
+        found += opaque(node.body) if node.body else []
     return found
 
 
-def described(eqn: tracing.Equation) -> str:
+def describe(eqn: tracing.Equation) -> str:
     """Return the name of an equation and, if it is known, where it was traced."""
     return " at ".join(filter(None, [eqn.primitive.name, tracing.position(eqn)]))

@@ -1,16 +1,16 @@
 """What a step costs, counted in matrix products and convolutions on the equations of loss and gradient.
 
-An SGD step computes each product of them once. The two-pass step pays on top of that for
+An SGD step computes each product of them once. The two passes pay on top of that for
 
 - a product of the forward pass, again in the descent pass, if it depends on an active leaf;
-- a product of the backward pass, in the ascent pass, if the gradient of an active leaf needs it;
-- a product that a ``checkpoint`` recomputes, in the ascent pass, if both hold of it.
+- a product of the backward pass, in the clean pass, if the gradient of an active leaf needs it;
+- a product that a ``checkpoint`` recomputes, in the clean pass, if both are true.
 
 Each of these is a *unit*: a number of operations and a set of leaves, paid as soon as one of the set is
-active. What a choice of leaves costs is then a sum, known before anything is compiled.
+active. The cost of a choice of leaves is then a sum, known before anything is compiled.
 
-So each product has to know two sets: the leaves that it depends on, found on a walk forward, and the leaves
-whose gradients need it, found on a walk backward.
+So each product needs two sets: the leaves that it depends on, found on a walk forward, and the leaves whose
+gradients need it, found on a walk backward.
 """
 
 import functools
@@ -28,10 +28,10 @@ from ssam_jax.two_pass.active import Active, FirstRow
 from ssam_jax.two_pass.planning import counting
 
 Leaves: TypeAlias = int
-"""A set of leaves, and of rows of leaves that layers are stacked in: a bit for each of them.
+"""A set of leaves and of rows of stacked leaves, a bit for each.
 
-Past them one bit stands for the loss: in what a value depends on, for its cotangent; in what needs a value,
-for its value and aux.
+One more bit, after all leaves, stands for the loss. A value that depends on it belongs to the backward pass,
+where it depends on the cotangent of the loss. A value that it needs is needed for the loss or for aux.
 """
 
 Rows: TypeAlias = tuple[Leaves, ...]

@@ -10,9 +10,11 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+
+Shape: TypeAlias = tuple[int, ...]
 
 
 class Instruction(NamedTuple):
@@ -27,13 +29,13 @@ class Instruction(NamedTuple):
     """
 
     opcode: str
-    shapes: list[tuple[int, ...]]
+    shapes: list[Shape]
     operands: list[str]
     attributes: str
     size: int
 
 
-Computation = dict[str, Instruction]
+Computation: TypeAlias = dict[str, Instruction]
 
 
 def contraction_flops(fn: Callable[..., Any], *args: Any, merge: bool = True) -> float:
@@ -42,8 +44,8 @@ def contraction_flops(fn: Callable[..., Any], *args: Any, merge: bool = True) ->
     Args:
       fn: a function; one that is already jitted keeps its options.
       *args: arrays, or their ``jax.ShapeDtypeStruct``.
-      merge: whether the compiler may merge equal computations. On CPUs it merges what
-        ``jax.checkpoint`` asks to be computed again, which others do not.
+      merge: whether the compiler may merge equal computations. On CPUs it merges even what
+        ``jax.checkpoint`` asks to be computed again, as it does on no other backend.
     """
     jitted: Any = fn if hasattr(fn, "lower") else jax.jit(fn)
     options = {} if merge else {"xla_disable_hlo_passes": "cse"}
@@ -51,7 +53,7 @@ def contraction_flops(fn: Callable[..., Any], *args: Any, merge: bool = True) ->
 
 
 def program_flops(text: str) -> float:
-    """Return the operations of products and convolutions in an optimised HLO module.
+    """Return the operations of products and convolutions in an optimized HLO module.
 
     A conditional counts as its most expensive branch.
 
@@ -95,7 +97,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Return the collectives of an optimised HLO module; one in a loop is there once."""
+    """Return the collectives of an optimized HLO module; one in a loop is there once."""
     computations, entry = parse(text)
     kinds = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 
@@ -125,7 +127,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def instruction_of(text: str) -> Instruction:
-    """Parse what stands behind the equals sign: shape, opcode, operands, attributes."""
+    """Parse what follows the equals sign: shape, opcode, operands, attributes."""
     shape, rest = split_parenthesis(text) if text.startswith("(") else text.split(" ", 1)
     opcode, rest = rest.strip().split("(", 1)
     operands, attributes = split_parenthesis("(" + rest)
@@ -168,7 +170,7 @@ def convolution_flops(instruction: Instruction, names: Computation) -> float:
     return _convolution(instruction.attributes, lhs, rhs, instruction.shapes[0])
 
 
-def _convolution(attributes: str, lhs: Any, rhs: Any, out: Any) -> float:
+def _convolution(attributes: str, lhs: Shape, rhs: Shape, out: Shape) -> float:
     found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     assert found, attributes
     lhs_labels, rhs_labels, out_labels = found.groups()
@@ -225,7 +227,7 @@ def library_flops(instruction: Instruction, names: Computation) -> float:
     raise ValueError(f"What the library call {target!r} costs is not known.")
 
 
-def _contracted(attributes: str, lhs: Any, rhs: Any, result: Any) -> int:
+def _contracted(attributes: str, lhs: Shape, rhs: Shape, result: Shape) -> int:
     config = attributes.split("backend_config=")[-1]
     found = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', config)
     if found:

@@ -67,7 +67,7 @@ def measure(config: Config) -> dict[str, Any]:
 
     def measured(tx: Any) -> dict[str, int]:
         state = jax.eval_shape(tx.init, params)
-        scores = getattr(getattr(state, "mask_state", None), "scores", None)
+        scores = state.mask.memory if isinstance(state, ssam_jax.SsamState) and state.mask else ()
         return {"bytes": bytes_of(state), "scores": bytes_of(scores)}
 
     methods = {

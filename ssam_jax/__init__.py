@@ -35,10 +35,10 @@ from ssam_jax.state import set_mask as set_mask
 from ssam_jax.two_pass.active import FirstRow as FirstRow
 from ssam_jax.two_pass.active import active_leaves as active_leaves
 from ssam_jax.two_pass.passes import two_pass_value_and_grad as two_pass_value_and_grad
-from ssam_jax.two_pass.planning.choosing import Part as Part
-from ssam_jax.two_pass.planning.choosing import TwoPassReport as TwoPassReport
-from ssam_jax.two_pass.planning.choosing import choose_active as choose_active
-from ssam_jax.two_pass.planning.choosing import explain_two_pass as explain_two_pass
+from ssam_jax.two_pass.planning.report import Part as Part
+from ssam_jax.two_pass.planning.report import TwoPassReport as TwoPassReport
+from ssam_jax.two_pass.planning.report import choose_active as choose_active
+from ssam_jax.two_pass.planning.report import explain_two_pass as explain_two_pass
 from ssam_jax.typing import TwoPassGradFn as TwoPassGradFn
 
 __version__ = "0.1.0"

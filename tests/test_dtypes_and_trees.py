@@ -333,6 +333,6 @@ def test_a_message_about_structure_names_the_first_path_in_few_words_whatever_th
     assert len(str(e.value)) < 600
     deep = {"block": [params, (params,)]}
     for other in ({"block": [params, [params]]}, [params], {"block": None}, {**deep, "more": 1.0}, 3.0):
-        with pytest.raises(ValueError, match="expected .* got ") as e:
+        with pytest.raises(ValueError, match=r"expected .* got ") as e:
             tx.update(other, tx.init(deep), deep, grad_fn=lambda p, i: p)
         assert len(str(e.value)) < 600

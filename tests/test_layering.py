@@ -36,13 +36,13 @@ LAYERS = [
     ["two_pass.rows"],
     ["two_pass.splitting", "two_pass.implicit.weights"],
     [
-        "two_pass.planning.products",
+        "two_pass.planning.counting",
         "two_pass.implicit.masks",
         "two_pass.implicit.backward",
-        "two_pass.planning.knapsack",
+        "two_pass.planning.search",
     ],
     ["two_pass.planning.costs", "two_pass.passes"],
-    ["two_pass.planning.choosing"],
+    ["two_pass.planning.report"],
     ["two_pass"],
     [""],  # ssam_jax itself
     ["__main__"],
@@ -116,6 +116,14 @@ def test_a_module_uses_public_interfaces_only(name):
 def test_the_library_does_not_import_the_experiments():
     users = [name for name, path in MODULES.items() if any("ssam_experiments" in i for i in imports(path))]
     assert not users
+
+
+def test_the_planner_is_imported_through_the_doors_alone():
+    def plans(name):
+        return name.startswith("two_pass.planning")
+
+    users = {name for name, path in MODULES.items() if any(map(plans, own_imports(path)))}
+    assert {name for name in users if not plans(name)} <= {"", "two_pass"}
 
 
 def test_flax_is_imported_only_by_the_modules_for_it():

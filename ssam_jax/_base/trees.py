@@ -23,8 +23,11 @@ def path_name(path: tuple[Any, ...]) -> str:
     A last attribute ``value`` is left out: it is the array in one of Flax's boxes (``nnx.Variable``,
     ``nn.Partitioned``), and the name is the box's.
     """
-    boxed = len(path) > 1 and path[-1] == GetAttrKey("value")
-    return keystr(path[:-1] if boxed else path, simple=True, separator="/")
+    return keystr(path[:-1] if _is_boxed(path) else path, simple=True, separator="/")
+
+
+def _is_boxed(path: tuple[Any, ...]) -> bool:
+    return len(path) > 1 and path[-1] == GetAttrKey("value")
 
 
 def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> Any:
@@ -76,7 +79,8 @@ def same_structure(tree: PyTree, like: PyTree) -> bool:
 
 def boxed_like(tree: PyTree, like: PyTree) -> PyTree:
     """Return a tree in the structure of another that differs from it in Flax's boxes alone, else as it is."""
-    if same_structure(tree, like) or leaf_paths(tree) != leaf_paths(like):
+    boxed = any(_is_boxed(path) for path, _ in tree_flatten_with_path(tree)[0])
+    if not boxed or leaf_paths(tree) != leaf_paths(like):
         return tree
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
 

@@ -6,14 +6,15 @@ primitives, `rows` keeps the rows of stacked leaves apart, ``implicit`` masks th
 ``planning`` predicts costs and chooses leaves for a budget.
 """
 
-from ssam_jax.two_pass.active import FirstRow
+from ssam_jax.two_pass.active import FirstRow, active_leaves
 from ssam_jax.two_pass.passes import two_pass_value_and_grad
-from ssam_jax.two_pass.planning.choosing import Part, TwoPassReport, choose_active, explain_two_pass
+from ssam_jax.two_pass.planning.report import Part, TwoPassReport, choose_active, explain_two_pass
 
 __all__ = [
     "FirstRow",
     "Part",
     "TwoPassReport",
+    "active_leaves",
     "choose_active",
     "explain_two_pass",
     "two_pass_value_and_grad",

@@ -6,9 +6,8 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,19 +15,19 @@ import numpy as np
 from ssam_jax._base import checks, tracing, trees
 from ssam_jax.two_pass import loss as losses
 from ssam_jax.two_pass import primitives, splitting
-from ssam_jax.two_pass.active import Active, FirstRow, check_active
-from ssam_jax.two_pass.planning import costs, knapsack, products
+from ssam_jax.two_pass.active import Active, check_active
+from ssam_jax.two_pass.planning import costs, counting, search
 from ssam_jax.two_pass.primitives import Trait
-from ssam_jax.typing import Params
+from ssam_jax.typing import Params, PyTree, Scalar, Scores
 
 
 class Part(NamedTuple):
     """The size of one of the two parts of a forward pass.
 
     Attributes:
-      equations: how many, those in the bodies of loops and of nested functions once each.
-      flops: operations of its matrix products and convolutions; a multiply-add is two.
-      bytes: what its equations read and write, each on its own, as if nothing were fused.
+      equations: the number of equations, those in the bodies of loops and of nested functions once each.
+      flops: operations of the matrix products and convolutions; a multiply-add is two.
+      bytes: what the equations read and write, each on its own, as if nothing were fused.
     """
 
     equations: int
@@ -42,14 +41,14 @@ class TwoPassReport:
 
     Attributes:
       prefix: the part of the forward pass that depends on no active leaf, computed once a step.
-      suffix: the part that does, computed in both passes. A loss with side effects is all suffix.
-      whole: equations that are not split, and are suffix with all that is in them, although some of
-        their operands depend on no active leaf.
-      unknown: equations whose operations are not counted, or not fully (a loop of unknown length
-        counts as if it ran once).
+      suffix: the part that depends on one, computed in both passes. A loss with side effects is all suffix.
+      whole: equations that are not split: all that is in them is suffix, although some of their operands
+        depend on no active leaf.
+      unknown: equations whose operations are not counted, or not fully (a loop of unknown length counts as
+        if it ran once).
       side_effect: why the loss is not split at all; None if it is.
       relative_to_sgd: predicted cost of a step, forward and backward, in SGD steps.
-      relative_to_sam: the same in steps of plain SAM, which cost two of SGD.
+      relative_to_sam: the same in steps of plain SAM, each of which costs two SGD steps.
     """
 
     prefix: Part
@@ -73,12 +72,16 @@ class TwoPassReport:
 
 
 def explain_two_pass(
-    loss_fn: Callable[..., Any], params: Params, *args: Any, active: Active | None = None
+    loss_fn: Callable[..., Scalar | tuple[Scalar, PyTree]],
+    params: Params,
+    *args: PyTree,
+    active: Active | None = None,
 ) -> TwoPassReport:
-    """Report what the fast road does with a loss for a choice of active leaves, and what it costs.
+    """Report what two-pass gradients of a loss cost for a choice of active leaves.
 
-    Nothing is computed: the loss is traced, and its matrix products and convolutions are counted, as
-    they are in the compiled step. Other operations, and the time that memory takes, are not in the cost.
+    Nothing is computed: the loss is traced and differentiated, and its matrix products and convolutions are
+    counted, as they are in the compiled step. The cost leaves out other operations and the time that memory
+    takes.
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a scalar or a pair of it and aux.
@@ -102,49 +105,47 @@ def explain_two_pass(
     traced = _trace(loss_fn, params, args)
     chosen = check_active(active, params)
     counted = costs.count(traced)
-    leaves = jax.tree.leaves(params)
     effect = tracing.side_effect(traced.jaxpr)
-    jaxpr, moving = traced.jaxpr, [True] * len(traced.jaxpr.invars)
     if effect is None:
+        leaves = jax.tree.leaves(params)
         cuts = splitting.pieces(leaves, chosen)
         values = [jax.eval_shape(cut.of, leaves[cut.leaf]) for cut in cuts]
         jaxpr, _ = splitting.unfold(traced, cuts, values)
-        moving = [*(cut.active for cut in cuts), *(False for _ in traced.args)]
-        halves = splitting.split(jaxpr, moving)
-        prefix, suffix = _part(halves.prefix), _part(halves.suffix)
-        whole = tuple(dict.fromkeys(_unsplit(halves)))
+        halves = splitting.split(jaxpr, [*(cut.active for cut in cuts), *(False for _ in traced.args)])
+        prefix, suffix, whole = _part(halves.prefix), _part(halves.suffix), _whole(halves)
     else:
-        prefix, suffix, whole = Part(0, 0.0, 0.0), _part(jaxpr), ()
+        prefix, suffix, whole = Part(0, 0.0, 0.0), _part(traced.jaxpr), ()
     relative = counted.relative(chosen)
     return TwoPassReport(prefix, suffix, whole, counted.opaque, effect, relative, relative / 2)
 
 
 def choose_active(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Scalar | tuple[Scalar, PyTree]],
     params: Params,
-    *args: Any,
-    scores: chex.ArrayTree,
+    *args: PyTree,
+    scores: Scores,
     budget: float = 1.25,
 ) -> Active:
     """Return the leaves with the largest total score that a step can perturb within a budget.
 
-    With accumulated Fisher scores this is structured SSAM that knows what each leaf costs: a leaf in
-    an early layer needs most of the backward pass, one behind a leaf that is chosen needs little more.
-    Of a leaf that is scanned over, or whose rows are taken one by one, the rows from some row on may be
-    chosen. Leaves whose score is 0 are not chosen.
+    With accumulated Fisher scores this is structured SSAM that knows what each leaf costs: a leaf in an
+    early layer needs most of the backward pass, and a leaf behind a chosen one needs little more. Of a leaf
+    that is scanned over, or whose rows are taken one by one, the rows from some row on may be chosen.
+    Leaves whose score is 0 are not chosen.
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a scalar or a pair of it and aux.
       params: pytree of floating-point arrays, or of their ``jax.ShapeDtypeStruct``.
       *args: as in a call of the loss; arrays may be given as ``jax.ShapeDtypeStruct``.
       scores: tree of the structure of ``params``, of arrays of any shape, finite and not negative. A
-        leaf's score is the sum of its array, in float64 on the host. A row's is the sum of its row; if
-        the array has not as many rows, they share its sum equally.
+        leaf's score is the sum of its array, in float64 on the host. A row's score is the sum of its row;
+        if the array does not have as many rows, they share its sum equally.
       budget: what a step may cost, in SGD steps: 1 perturbs next to nothing, and 2 suffices for all.
 
     Returns:
-      The choice, to be the static ``active`` of `two_pass_value_and_grad`. It is the best there is,
-      except after a UserWarning, seen on no network yet, which says how much may be missing.
+      The choice, to be the static ``active`` of `two_pass_value_and_grad`. No other choice within the budget
+      scores more, unless a UserWarning says how much may be missing: a loss of several hundred leaves and
+      rows may have too many choices.
 
     Raises:
       TypeError: a parameter is not a real floating-point array, the loss is not one, ``scores`` are
@@ -159,31 +160,30 @@ def choose_active(
     >>> choose_active(loss_fn, params, jnp.zeros((8, 4)), scores={"body": 2.0, "head": 1.0})
     (False, True)
     """
-    _check_budget(budget)
-    trees.check_same_structure(scores, params, "scores", "params")
-    arrays = list(map(_check_scores, trees.leaf_paths(params), jax.tree.leaves(scores)))
+    arrays = _check_choice(params, scores, budget)
     counted = costs.count(_trace(loss_fn, params, args))
     if not counted.sgd:
         return tuple(bool(budget >= 2 and array.sum() > 0) for array in arrays)
-    by_bit = list(itertools.chain(*map(_row_scores, arrays, counted.rows)))
-    choice = knapsack.best(_needs(counted), list(counted.units.values()), by_bit, (budget - 1) * counted.sgd)
+    by_row = list(itertools.chain(*map(_row_scores, arrays, counted.rows)))
+    limit = (budget - 1) * counted.sgd
+    choice = search.best(counted.needs(), list(counted.units.values()), by_row, limit)
     if choice.short:
         warnings.warn(
-            f"choose_active has found leaves with a total score of {choice.score:.6g}; the best there are"
-            f" may have up to {choice.short:.2g} more.",
+            f"choose_active has found leaves with a total score of {choice.score:.6g}; the best choice may"
+            f" score up to {choice.short:.2g} more.",
             stacklevel=2,
         )
-    chosen = set(choice.items)
-    offsets = itertools.accumulate(counted.rows, initial=0)
-    return tuple(_entry(chosen, offset, rows) for offset, rows in zip(offsets, counted.rows))
+    return counted.active(choice.items)
 
 
-def _trace(loss_fn: Callable[..., Any], params: Params, args: Sequence[Any]) -> tracing.Traced:
+def _trace(
+    loss_fn: Callable[..., Scalar | tuple[Scalar, PyTree]], params: Params, args: Sequence[PyTree]
+) -> tracing.Traced:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, *args), got {loss_fn!r}.")
     trees.check_floating(params, "params")
 
-    def pair(params: Params, *args: Any) -> tuple[Any, Any]:
+    def pair(params: Params, *args: PyTree) -> tuple[Scalar, PyTree]:
         value = loss_fn(params, *args)
         return value if isinstance(value, tuple) and len(value) == 2 else (value, ())
 
@@ -192,7 +192,7 @@ def _trace(loss_fn: Callable[..., Any], params: Params, args: Sequence[Any]) -> 
 
 def _part(jaxpr: tracing.Equations) -> Part:
     equations, moved = _size(jaxpr)
-    return Part(equations, products.forward_flops(jaxpr), moved)
+    return Part(equations, counting.forward_flops(jaxpr), moved)
 
 
 def _size(jaxpr: tracing.Equations) -> tuple[int, float]:
@@ -205,67 +205,49 @@ def _size(jaxpr: tracing.Equations) -> tuple[int, float]:
             moved += eqn.params.get("length", 1) * max(size[1] for size in inner)
         else:
             equations += 1
-            moved += sum(_bytes(atom.aval) for atom in (*eqn.invars, *eqn.outvars))
+            moved += sum(map(_bytes, (*eqn.invars, *eqn.outvars)))
     return equations, moved
 
 
-def _bytes(aval: Any) -> float:
-    return math.prod(getattr(aval, "shape", ())) * getattr(getattr(aval, "dtype", None), "itemsize", 0)
+def _bytes(atom: tracing.Atom) -> float:
+    dtype = getattr(atom.aval, "dtype", None)
+    return math.prod(getattr(atom.aval, "shape", ())) * getattr(dtype, "itemsize", 0)
 
 
-def _unsplit(halves: splitting.Halves) -> list[str]:
+def _whole(halves: splitting.Halves) -> tuple[str, ...]:
     """Return the equations of the suffix that hold products and read something from the prefix."""
     known = set(halves.suffix.invars[len(halves.suffix.invars) - len(halves.cut) :])
     found = []
     for eqn in halves.suffix.eqns:
         mixed = any(not tracing.is_literal(atom) and atom in known for atom in eqn.invars)
         split = tracing.inlined_body(eqn) is not None or primitives.has(eqn, Trait.CHECKPOINT)
-        if mixed and not split and any(map(products.forward_flops, tracing.bodies(eqn))):
+        if mixed and not split and any(map(counting.forward_flops, tracing.bodies(eqn))):
             found.append(tracing.describe(eqn))
-    return found
+    return tuple(dict.fromkeys(found))
 
 
-def _check_budget(budget: Any) -> None:
+def _check_choice(params: Params, scores: Scores, budget: float) -> list[np.ndarray]:
+    """Return the scores of each leaf on the host, or raise if the arguments of a choice do not fit."""
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f"budget must be a number of SGD steps, got {budget!r}.")
     if not 1 <= float(budget) < math.inf:
         raise ValueError(f"budget must be finite and at least 1, the cost of an SGD step, got {budget}.")
+    trees.check_same_structure(scores, params, "scores", "params")
+    arrays = []
+    for path, leaf in zip(trees.leaf_paths(params), jax.tree.leaves(scores)):
+        if isinstance(leaf, jax.core.Tracer):
+            raise TypeError(f"scores must be known, but the leaf {path!r} is traced: choose outside of jit.")
+        if not checks.is_kind(leaf, jnp.floating, jnp.integer, jnp.bool_):
+            found = checks.named(checks.kind(leaf))
+            raise TypeError(f"scores must hold real numbers, but the leaf {path!r} is {found}.")
+        array = np.asarray(leaf).astype(np.float64)
+        if not np.all(np.isfinite(array)) or np.any(array < 0):
+            raise ValueError(f"scores must be finite and not negative, but the leaf {path!r} holds others.")
+        arrays.append(array)
+    return arrays
 
 
-def _check_scores(path: str, leaf: Any) -> Any:
-    if isinstance(leaf, jax.core.Tracer):
-        raise TypeError(f"scores must be known, but the leaf {path!r} is traced: choose outside of jit.")
-    if not checks.is_kind(leaf, jnp.floating, jnp.integer, jnp.bool_):
-        found = checks.named(checks.kind(leaf))
-        raise TypeError(f"scores must hold real numbers, but the leaf {path!r} is {found}.")
-    array = np.asarray(leaf).astype(np.float64)
-    if not np.all(np.isfinite(array)) or np.any(array < 0):
-        raise ValueError(f"scores must be finite and not negative, but the leaf {path!r} holds others.")
-    return array
-
-
-def _row_scores(array: Any, rows: int) -> list[float]:
+def _row_scores(array: np.ndarray, rows: int) -> list[float]:
     if rows > 1 and array.ndim and array.shape[0] == rows:
         return array.reshape(rows, -1).sum(1).tolist()
     return [float(array.sum()) / rows] * rows
-
-
-def _needs(counted: costs.Costs) -> list[int]:
-    """Return for each bit the units, as a set, that are paid if it is active, as are all later rows."""
-    needs = [0] * sum(counted.rows)
-    for number, leaves in enumerate(counted.units):
-        while leaves:
-            bit = leaves & -leaves
-            needs[bit.bit_length() - 1] |= 1 << number
-            leaves ^= bit
-    offset = 0
-    for rows in counted.rows:
-        for bit in range(offset + rows - 2, offset - 1, -1):
-            needs[bit] |= needs[bit + 1]
-        offset += rows
-    return needs
-
-
-def _entry(chosen: set[int], offset: int, rows: int) -> bool | FirstRow:
-    first = next((row for row in range(rows) if offset + row in chosen), None)
-    return FirstRow(first) if first else first is not None

@@ -26,6 +26,7 @@ def test_the_demo_prints_a_table_and_draws_its_pictures(tmp_path):
 def test_the_demo_refuses_a_bad_setting_in_a_sentence(tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["demo", "--epochs", "0", "--out", str(out)])
+    monkeypatch.delitem(sys.modules, "ssam_experiments.demo", raising=False)  # to be run, not imported
     with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
         runpy.run_module("ssam_experiments.demo", run_name="__main__")
     assert not out.exists()

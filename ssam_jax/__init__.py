@@ -15,6 +15,7 @@ from ssam_jax.carried import carried as carried
 from ssam_jax.carried import carried_eval_params as carried_eval_params
 from ssam_jax.carried import carried_set_params as carried_set_params
 from ssam_jax.combine import Combine as Combine
+from ssam_jax.evaluation import eval_params as eval_params
 from ssam_jax.masks.dynamic import dynamic_mask as dynamic_mask
 from ssam_jax.masks.fisher import empirical_fisher as empirical_fisher
 from ssam_jax.masks.fisher import fisher_mask as fisher_mask

@@ -79,6 +79,11 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
     batch_stats: Any = None
     dropout_key: jax.Array | None = None
 
+    @property
+    def eval_params(self) -> Params:
+        """The parameters ``w``, to evaluate and save with: `ssam_jax.eval_params` of this state."""
+        return ssam_jax.eval_params(self.opt_state, self.params)
+
     def apply_gradients(self, *, grads: Gradients, **kwargs: Any) -> Self:
         """Return the state after a step.
 

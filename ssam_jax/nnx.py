@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -13,6 +13,8 @@ from ssam_jax._base import checks, trees
 from ssam_jax.two_pass.active import Active
 from ssam_jax.two_pass.passes import GradFn
 from ssam_jax.typing import Form, Gradients, Mask, Params, PyTree, TwoPassGradFn
+
+T = TypeVar("T", bound=nnx.Module)
 
 
 def two_pass_value_and_grad(
@@ -146,6 +148,27 @@ class Optimizer(nnx.Optimizer):
 _KEEPS_MODEL = "model" not in inspect.signature(nnx.Optimizer.update).parameters
 
 
+def eval_model(model: T, optimizer: nnx.Optimizer) -> T:
+    """Return a copy of a model with the parameters ``w``, to evaluate and save with.
+
+    Args:
+      model: the one that the optimizer trains. Under `carried`, and between the calls of an `alternating`
+        round, its parameters are ``w + eps``.
+      optimizer: an ``nnx.Optimizer``.
+
+    Returns:
+      A copy of the model, which shares no variable with it.
+
+    Raises:
+      TypeError: ``optimizer`` is not an ``nnx.Optimizer``.
+    """
+    state = _arrays_of(optimizer, "ssam_jax.eval_params")
+    copy = nnx.clone(model)
+    params = nnx.state(copy, optimizer.wrt)
+    nnx.update(copy, _filled(params, ssam_jax.eval_params(state, _arrays(params))))
+    return copy
+
+
 def set_mask(optimizer: nnx.Optimizer, mask: Mask) -> None:
     """Replace the mask of an optimizer's `ssam` in place, between steps or under ``nnx.jit``.
 
@@ -157,18 +180,23 @@ def set_mask(optimizer: nnx.Optimizer, mask: Mask) -> None:
       TypeError: a leaf of the mask is not bool, or ``optimizer`` is no ``nnx.Optimizer``.
       ValueError: the mask does not fit the present one, or there is none to replace.
     """
-    if not hasattr(optimizer, "opt_state"):
-        raise TypeError(
-            f"optimizer must be an nnx.Optimizer, whose mask is replaced in place, got"
-            f" {type(optimizer).__name__}; for an optimizer's state there is ssam_jax.set_mask."
-        )
+    state = _arrays_of(optimizer, "ssam_jax.set_mask")
     boxes = jax.tree.leaves(optimizer.opt_state, is_leaf=_is_variable)
-    state = jax.tree.map(_array, optimizer.opt_state, is_leaf=_is_variable)
     old = ssam_jax.get_mask(state)
     fits = len(jax.tree.leaves(old)) == len(_arrays(mask))
     new = ssam_jax.set_mask(state, _filled(old, mask) if fits else mask)
     for box, array in zip(boxes, jax.tree.leaves(new)):
         nnx.update(box, array)
+
+
+def _arrays_of(optimizer: nnx.Optimizer, other: str) -> PyTree:
+    """Return the state of an optimizer as arrays, or raise unless it is one of NNX."""
+    if not hasattr(optimizer, "opt_state"):
+        raise TypeError(
+            f"optimizer must be an nnx.Optimizer, which holds its state, got {type(optimizer).__name__}; for"
+            f" the state of an optimizer there is {other}."
+        )
+    return jax.tree.map(_array, optimizer.opt_state, is_leaf=_is_variable)
 
 
 def _predicate(wrt: filterlib.Filter) -> Callable[..., bool]:

@@ -30,6 +30,7 @@ LAYERS = [
     ["state"],
     ["factors"],
     ["sam", "alternating", "carried"],
+    ["evaluation"],
     ["two_pass.implicit", "two_pass.planning"],
     ["two_pass.active"],
     ["two_pass.primitives", "two_pass.loss"],

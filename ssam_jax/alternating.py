@@ -99,7 +99,9 @@ def alternating(
             phase=shardings.beside(jnp.zeros((), jnp.int32), params),
             anchor=jax.tree.map(trees.copied, params),  # so that both can be donated
             radius=shardings.beside(jnp.zeros((), float_dtype), params),
-            grads=() if combine is None else jax.tree.map(lambda p: shardings.zeros_like(p, p.dtype), params),
+            grads=()
+            if combine is None
+            else jax.tree.map(lambda p: shardings.zeros_like(p, jnp.result_type(p)), params),
             ssam=state,
             opt_state=optimizer.init(params),
         )

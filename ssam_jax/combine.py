@@ -133,8 +133,8 @@ def looksam(alpha: float, scope: Literal["global", "leaf"] = "global") -> Combin
         code does.
 
     Returns:
-      A `Combine` with one tree of state, float32 (float64 where the parameter is). Steps without ascent are
-      ``grad_fn=None``, or a radius of 0 with ``skip_zero_rho=True``.
+      A `Combine` with a `LookSamState`, one tree of float32 (float64 where the parameter is). Steps without
+      ascent are ``grad_fn=None``, or a radius of 0 with ``skip_zero_rho=True``.
 
     Raises:
       TypeError: ``alpha`` is not a real number.
@@ -147,41 +147,55 @@ def looksam(alpha: float, scope: Literal["global", "leaf"] = "global") -> Combin
     checks.number("alpha", alpha, low=0, high=LARGEST)
     checks.choice("scope", scope, ("global", "leaf"))
 
-    def inner(a: Gradients, b: Gradients) -> Gradients:
-        """Return for each leaf the product that serves it."""
-        if scope == "leaf":
-            return jax.tree.map(_inner, a, b)
-        product = _inner(a, b)
-        return jax.tree.map(lambda _: product, a)
+    def inner(a: Gradients, b: Gradients) -> PyTree:
+        """Return the product of two trees, or a tree of those of their leaves."""
+        return jax.tree.map(_inner, a, b) if scope == "leaf" else _inner(a, b)
 
-    def init(params: Params) -> Gradients:
-        return jax.tree.map(lambda p: shardings.zeros_like(p, trees.wide_dtype(p)), params)
+    def each(scalars: PyTree, tree: Gradients) -> PyTree:
+        """Return for each leaf the scalar that serves it."""
+        return scalars if scope == "leaf" else jax.tree.map(lambda _: scalars, tree)
+
+    def init(params: Params) -> LookSamState:
+        across = jax.tree.map(lambda p: shardings.zeros_like(p, trees.wide_dtype(p)), params)
+        if scope == "leaf":
+            return LookSamState(across, jax.tree.map(lambda v: jnp.zeros((), v.dtype), across))
+        return LookSamState(across, jnp.zeros((), trees.wide_dtype(*jax.tree.leaves(params))))
 
     def update(
-        grads: Gradients, perturbed: Gradients | None, state: Gradients, params: Params
-    ) -> tuple[Gradients, Gradients]:
+        grads: Gradients, perturbed: Gradients | None, state: LookSamState, params: Params
+    ) -> tuple[Gradients, LookSamState]:
         del params
         square = inner(grads, grads)
         if perturbed is None:
-            return jax.tree.map(reuse, grads, state, square), state
+            scale = jax.tree.map(relative_length, square, state.square)
+            return jax.tree.map(reuse, grads, state.across, each(scale, grads)), state
         along = jax.tree.map(_ratio, inner(grads, perturbed), square)
-        across = jax.tree.map(orthogonal, grads, perturbed, along)
-        return perturbed, jax.tree.map(unit, across, inner(across, across))
+        across = jax.tree.map(orthogonal, grads, perturbed, each(along, grads))
+        return perturbed, LookSamState(across, inner(across, across))
 
-    def reuse(g: jax.Array, v: jax.Array, square: jax.Array) -> jax.Array:
-        length = trees.safe_sqrt(square).astype(v.dtype)
-        return (g.astype(v.dtype) + alpha * length * v).astype(g.dtype)
+    def relative_length(square: jax.Array, of: jax.Array) -> jax.Array:
+        return alpha * trees.safe_sqrt(_ratio(square, of))
+
+    def reuse(g: jax.Array, v: jax.Array, scale: jax.Array) -> jax.Array:
+        return (g.astype(v.dtype) + scale.astype(v.dtype) * v).astype(g.dtype)
 
     def orthogonal(g: jax.Array, p: jax.Array, along: jax.Array) -> jax.Array:
         g = trees.widened(g)
         return p.astype(g.dtype) - along.astype(g.dtype) * g
 
-    def unit(v: jax.Array, square: jax.Array) -> jax.Array:
-        usable = jnp.isfinite(square) & (square > 0)
-        length = jnp.sqrt(jnp.where(usable, square, 1)).astype(v.dtype)
-        return jnp.where(usable, v / length, 0)
-
     return Combine(init, update, needs_skips=True)
+
+
+class LookSamState(NamedTuple):
+    """State of `looksam`.
+
+    Attributes:
+      across: v of the last ascent, shaped like the parameters; zeros before the first.
+      square: its squared norm, a scalar, or one for each leaf.
+    """
+
+    across: Gradients
+    square: PyTree
 
 
 def _no_state(params: Params) -> PyTree:

@@ -336,3 +336,33 @@ def test_a_message_about_structure_names_the_first_path_in_few_words_whatever_th
         with pytest.raises(ValueError, match=r"expected .* got ") as e:
             tx.update(other, tx.init(deep), deep, grad_fn=lambda p, i: p)
         assert len(str(e.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optax.chain(ssam_jax.ssam(0.1), optax.sgd(0.1)),
+        lambda: optax.chain(ssam_jax.ssam(0.1, adaptive=True, normalize="leaf"), optax.sgd(0.1)),
+        lambda: optax.chain(
+            ssam_jax.ssam(0.1, ssam_jax.fisher_mask(Unstructured(0.5), refresh_every=1)), optax.sgd(0.1)
+        ),
+        lambda: optax.chain(ssam_jax.ssam(0.1, combine=ssam_jax.combine.looksam(0.5)), optax.sgd(0.1)),
+        lambda: ssam_jax.alternating(optax.sgd(0.1), 0.1, combine=ssam_jax.combine.gsam(0.5)),
+        lambda: ssam_jax.carried(optax.sgd(0.1), 0.1, direction=ssam_jax.directions.friendly()),
+    ],
+    ids=["sam", "asam by leaf", "fisher", "looksam", "alternating", "carried"],
+)
+def test_numbers_of_python_are_parameters_as_they_are_for_optax(make):
+    def loss(params):
+        return (params["slope"] * 3.0 - 1.0) ** 2 + params["bias"] ** 2
+
+    ends = []
+    for params in ({"slope": 2.0, "bias": 0.5}, {"slope": jnp.float32(2.0), "bias": jnp.float32(0.5)}):
+        tx = make()
+        state = tx.init(params)
+        for _ in range(3):
+            grad_fn = lambda p, i: jax.grad(loss)(p)  # noqa: E731
+            updates, state = tx.update(grad_fn(params, 0), state, params, grad_fn=grad_fn)
+            params = optax.apply_updates(params, updates)
+        ends.append(params)
+    tiny.assert_close(*ends)

@@ -1,7 +1,7 @@
 """Everything composes with everything: a pairwise covering of the factors, the carriers and optax's wrappers.
 
-Each case takes jitted steps that compile once, keep structure, shapes and dtypes, and stay finite; each pair of
-values of two factors is in some case. What makes no sense is refused with the reason.
+Each case takes jitted steps that compile once, keep structure, shapes and dtypes, and stay finite; each pair
+of values of two factors is in some case. What makes no sense is refused with the reason.
 """
 
 import itertools
@@ -256,3 +256,27 @@ def test_a_gradient_of_zero_has_a_finite_derivative(order, normalize):
     tasks = jnp.array([[0.0, 0.0], [1.0, 2.0]])
     found = jax.vmap(derivative, in_axes=(None, 0))(1.0, tasks)
     assert np.isfinite(found).all() and (order == "second" or found[0] == 0)
+
+
+# Cost.
+
+
+def gradients_touched(fn, *args):
+    """Return how many arrays of the gradient's size a compiled function reads and writes."""
+    cost = jax.jit(fn).lower(*args).compile().cost_analysis()
+    return cost["bytes accessed"] / (4 * COUNT)
+
+
+COUNT = 2**20
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize("name", list(FACTORS["combine"])[1:])
+def test_no_combine_takes_more_than_three_passes_over_the_gradient(name, skipped):
+    """A pass reads both gradients and writes one array."""
+    chosen = FACTORS["combine"][name]()
+    grads = {"w": jnp.ones(COUNT)}
+    state = chosen.init(grads)
+    perturbed = None if skipped else jax.tree.map(lambda g: 2 * g, grads)
+    touched = gradients_touched(lambda g, p, s: chosen.update(g, p, s, g), grads, perturbed, state)
+    assert touched <= 3 * 3 + 0.01  # and some scalars

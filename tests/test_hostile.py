@@ -341,6 +341,10 @@ TABLE = {
         (lambda: ssam_jax.radii.adaptive_gate(0.1, 9, decay=1), VALUE, "decay", "1", "from 0 to below 1"),
         (lambda: ssam_jax.radii.adaptive_gate(0.1, 9, start="x"), TYPE, "start", "'x'", "float"),
     ],
+    "eval_params": [
+        (lambda: ssam_jax.eval_params((held(), held()), tiny.PARAMS), VALUE, "opt_state",
+         "exactly one carried", "found 2"),
+    ],
     "fisher_mask": [
         (lambda: fisher(Unstructured), TYPE, "pattern", "class", "Unstructured(sparsity=0.5)"),
         (lambda: fisher(decay=NAN), VALUE, "decay", "nan", "from 0 to below 1"),

@@ -155,8 +155,8 @@ def wide_dtype(*arrays: Any) -> Any:
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """Return ``x`` in float32, or in float64 if that is what it is."""
-    return x.astype(wide_dtype(x))
+    """Return ``x``, an array or a number of Python's, in float32, or in float64 if that is what it is."""
+    return jnp.asarray(x, wide_dtype(x))
 
 
 def global_norm(tree: PyTree) -> jax.Array:

@@ -87,7 +87,7 @@ def displaced(params: Params, away: Params, scale: Params | None = None) -> Para
     """Return ``w + T away``, in the dtypes of the parameters."""
     if scale is not None:
         away = jax.tree.map(jnp.multiply, away, scale)
-    return jax.tree.map(lambda p, d: (trees.widened(p) + d).astype(p.dtype), params, away)
+    return jax.tree.map(lambda p, d: (trees.widened(p) + d).astype(jnp.result_type(p)), params, away)
 
 
 def projected(away: Params, rho: Scalar) -> Params:

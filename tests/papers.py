@@ -72,10 +72,11 @@ def scaled(scales):
     return lambda g: {name: scales[name] * g[name] for name in ORDER}
 
 
-def muon(beta=0.95, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
+def muon(stretched, beta=0.95, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
     mean, count = mapped(np.zeros_like, oracle.make_params()), 0
 
     def orthogonalized(x):
+        stretch = np.sqrt(max(1, x.shape[1] / x.shape[0])) if stretched else 1.0
         turned = x.shape[0] > x.shape[1]
         x = x.T if turned else x
         x = x / (np.linalg.norm(x) + 1e-8)
@@ -83,7 +84,7 @@ def muon(beta=0.95, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
         for _ in range(steps):
             s = x @ x.T
             x = a * x + (b * s + c * s @ s) @ x
-        return x.T if turned else x
+        return stretch * (x.T if turned else x)
 
     def direction(g):
         nonlocal mean, count

@@ -15,8 +15,12 @@ from papers import HALF, NORMS_ONLY
 import ssam_jax
 from ssam_jax import combine, directions, fixed_mask, radii
 
+enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
 RHO, STEPS, LR, DECAY = 0.2, 7, 0.3, 0.01
 BATCHES = oracle.make_batches(STEPS)
+BY_AXES = hasattr(
+    optax.contrib, "MuonDimensionNumbers"
+)  # before, Muon's matrices were stretched by their shape
 MUP = {"bias1": 1.0, "bias2": 1.0, "kernel1": 4.0, "kernel2": 0.5}  # a layer's scale
 LABELS = {name: name for name in MUP}
 
@@ -39,7 +43,7 @@ def layerwise():
 def muon():
     labels = {name: "matrix" if name.startswith("kernel") else "other" for name in LABELS}
     options = {"nesterov": False}
-    if hasattr(optax.contrib, "MuonDimensionNumbers"):  # otherwise all leaves are matrices
+    if BY_AXES:
         axes = optax.contrib.MuonDimensionNumbers()
         options["weight_dimension_numbers"] = lambda updates: jax.tree.map(lambda _: axes, updates)
     matrix = tiny.may_promote(optax.contrib.scale_by_muon(**options))
@@ -75,7 +79,7 @@ TWO = {
     "normalised after masking": ({"normalize": "masked"}, {"normalize": "masked"}),
     "leaf by leaf": ({"normalize": "leaf"}, {"normalize": "leaf"}),
     "layerwise scaling (muP²)": ({"direction": layerwise}, {"direction": lambda: papers.scaled(MUP)}),
-    "Muon direction": ({"direction": muon}, {"direction": papers.muon}),
+    "Muon direction": ({"direction": muon}, {"direction": lambda: papers.muon(stretched=not BY_AXES)}),
     "VaSSO": ({"direction": lambda: optax.ema(0.6, debias=False)}, {"direction": lambda: papers.vasso(0.6)}),
     "F-SAM": (
         {"direction": lambda: directions.friendly(sigma=0.8, decay=0.7)},
@@ -185,7 +189,7 @@ def expected(carrier, options, masked):
 
 
 def check(carrier, spelling, paper, masked):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tx = spelled(carrier, spelling, masked)
         for ours, theirs in zip(run(carrier, tx), expected(carrier, paper, masked), strict=True):
             for name in oracle.ORDER:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from flax.training import dynamic_scale as flax_dynamic_scale
 
 import ssam_jax
 from ssam_jax import NM, MaskRule
@@ -387,3 +388,50 @@ def test_tree_map_params_reaches_the_anchor_of_alternating():
     tx = ssam_jax.alternating(optax.sgd(0.1), 0.1, FIRST)
     mapped = optax.tree_map_params(tx, lambda _: "parameter", tx.init(tiny.params()))
     assert mapped.anchor == jax.tree.map(lambda _: "parameter", tiny.PARAMS)
+
+
+# A gradient that is not finite in the second pass alone.
+
+
+def overflowing(params, i):
+    return jax.tree.map(lambda p: jnp.full_like(p, jnp.inf), params)
+
+
+@pytest.mark.parametrize(
+    "factors", [{}, {"combine": ssam_jax.combine.gsam(0.1)}, {"mask": FIRST}], ids=["plain", "gsam", "mask"]
+)
+def test_apply_if_finite_behind_ssam_skips_a_step_whose_second_gradient_overflows(factors):
+    tx = optax.chain(ssam_jax.ssam(0.1, **factors), optax.apply_if_finite(optax.sgd(0.1, momentum=0.9), 3))
+    params = tiny.params()
+    state, grads = tx.init(params), tiny.grad_fn_of(tiny.BATCHES[0])(params, 0)
+    updates, after = tx.update(grads, state, params, grad_fn=overflowing)
+    tiny.assert_same(optax.apply_updates(params, updates), params)
+    assert int(after[1].notfinite_count) == 1
+    tiny.assert_same(after[1].inner_state, state[1].inner_state)
+
+
+@pytest.mark.parametrize("factors", [{}, {"combine": ssam_jax.combine.gsam(0.1)}], ids=["plain", "gsam"])
+def test_apply_if_finite_inside_alternating_returns_to_w_when_the_descent_overflows(factors):
+    tx = ssam_jax.alternating(optax.apply_if_finite(optax.sgd(0.1), 3), 0.1, **factors)
+    params = tiny.params()
+    grads = tiny.grad_fn_of(tiny.BATCHES[0])(params, 0)
+    updates, state = tx.update(grads, tx.init(params), params)
+    held = optax.apply_updates(params, updates)
+    assert tiny.differ(held, params)
+    updates, state = tx.update(overflowing(held, 0), state, held)
+    tiny.assert_close(optax.apply_updates(held, updates), params, rtol=1e-6, atol=1e-7)
+    assert int(state.phase) == 0
+
+
+def test_a_dynamic_scale_of_flax_with_an_overflow_in_the_second_pass_leaves_the_parameters():
+    scale = flax_dynamic_scale.DynamicScale(scale=jnp.float32(2.0**8))
+    params, tx = tiny.params(), optax.chain(ssam_jax.ssam(0.1), optax.sgd(0.1))
+    state = tx.init(params)
+    _, finite, _, grads = scale.value_and_grad(tiny.loss)(params, tiny.BATCHES[0])
+    updates, _ = tx.update(grads, state, params, grad_fn=overflowing)
+    fine = finite & jnp.all(jnp.array([jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)]))
+    moved = jax.tree.map(
+        lambda new, old: jnp.where(fine, new, old), optax.apply_updates(params, updates), params
+    )
+    assert bool(finite) and not bool(fine)
+    tiny.assert_same(moved, params)

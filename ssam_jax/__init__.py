@@ -1,12 +1,9 @@
-"""Sharp-aware minimization for JAX: five factors on three carriers, as optax transformations."""
+"""Sharpness-aware minimization for JAX: five factors on three carriers, as optax transformations."""
 
-# Carriers
 from ssam_jax import combine as combine
 from ssam_jax.alternating import AlternatingState as AlternatingState
 from ssam_jax.alternating import alternating as alternating
 from ssam_jax.alternating import alternating_eval_params as alternating_eval_params
-
-# Factors
 from ssam_jax.ascent import directions as directions
 from ssam_jax.ascent import radii as radii
 from ssam_jax.ascent.radii import RadiusRule as RadiusRule

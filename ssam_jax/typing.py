@@ -46,7 +46,7 @@ class TwoPassGradFn(Protocol):
 
     Attributes:
       partial: whether the ascent gradient that came with it is zero outside the active leaves, so that
-        only ``normalize="masked"`` or ``"leaf"`` fits it.
+        only ``normalize="masked"`` fits it.
       form: ``"explicit"``, or ``"implicit"`` if that ascent gradient comes from a masked backward pass, so
         that the perturbation itself is not masked.
     """

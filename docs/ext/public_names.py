@@ -20,7 +20,15 @@ MODULES = (
 """What users import from."""
 
 INTERNAL = {
-    "ssam_jax.radii": {"UpdateRadius", "as_rule", "check_radius", "check_rho", "is_static", "known", "radius_at"},
+    "ssam_jax.radii": {
+        "UpdateRadius",
+        "as_rule",
+        "check_radius",
+        "check_rho",
+        "is_static",
+        "known",
+        "radius_at",
+    },
     "ssam_jax.combine": {"DEFAULT", "UpdateGradients"},
 }
 """What these modules hold for the carriers."""
@@ -40,9 +48,7 @@ def offered(name: str) -> dict[str, Any]:
     """Return the public names of one of `MODULES`."""
     package, _, attribute = name.partition(".")
     found = getattr(importlib.import_module(package), attribute, None) or importlib.import_module(name)
-    return {
-        key: value for key, value in public_names(found).items() if key not in INTERNAL.get(name, set())
-    }
+    return {key: value for key, value in public_names(found).items() if key not in INTERNAL.get(name, set())}
 
 
 def is_documented(module: str, name: str, value: Any, documented: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 XLA's CPU backend has a fast routine for convolutions whose operands end in the features. It brings others
 into that order where they stand outside of loops and conditionals, and only there: the gradient of a
 convolution inside a loop, whose operands come in another order, takes many times as long
-(benchmarks/convolutions.py). Transposed beforehand it does not.
+(benchmarks/curvature.py). Transposed beforehand it does not.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,7 +2,7 @@
 
 import importlib
 import types
-from typing import Any
+from typing import Any, TypeVar
 
 from sphinx.application import Sphinx
 from sphinx.util import logging
@@ -40,7 +40,8 @@ def public_names(module: types.ModuleType) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and (getattr(value, "__module__", None) or "").startswith(home)
+        if not (name.startswith("_") or isinstance(value, TypeVar))
+        and (getattr(value, "__module__", None) or "").startswith(home)
     }
 
 

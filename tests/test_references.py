@@ -338,10 +338,10 @@ def test_the_table_of_spellings_has_a_row_for_each_test_of_a_paper():
     table = page[page.index("| name | source") :].split("\n\n")[0]
     rows = {line.split("|")[1].strip() for line in table.splitlines()[2:]}
     spelled = set(re.findall(r'^    "([^"]+)": (?:ssam|carried)\(', page, flags=re.M))
-    assert set(tested_papers()) <= rows == spelled
+    assert set(names_of_papers()) <= rows == spelled
 
 
-def tested_papers():
+def names_of_papers():
     """Return the keys of the tables in tests/test_papers.py, in the spelling of the pages."""
     for node in ast.parse((ROOT / "tests/test_papers.py").read_text()).body:
         match node:

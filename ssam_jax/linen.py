@@ -16,11 +16,11 @@ from ssam_jax.typing import GradFn, Gradients, Mask, Params
 
 
 class Passes(NamedTuple):
-    """What `TrainState.value_and_grad` finds, all of it in the clean pass but for ``grad_fn``.
+    """What `TrainState.value_and_grad` returns; all but ``grad_fn`` come from the clean pass.
 
     Attributes:
       value: the loss, a floating-point scalar.
-      aux: what ``loss_fn`` returned beside it.
+      aux: the second value that ``loss_fn`` returned.
       grads: the ascent gradient, shaped like the parameters.
       grad_fn: ``grad_fn(params, i)``, the gradient of the same batch elsewhere, with the same dropout.
       batch_stats: the new batch statistics, or None.
@@ -111,7 +111,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
           A function that raises TypeError if ``loss_fn`` returns no pair.
 
         Raises:
-          TypeError: ``loss_fn`` is not callable, or ``dropout_key`` is no single key.
+          TypeError: ``loss_fn`` is not callable, or ``dropout_key`` is not a single key.
         """
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function of (apply, *args), got {loss_fn!r}.")
@@ -160,11 +160,11 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
           form: ``"explicit"`` or ``"implicit"``.
           strict: for the implicit form.
           shared: whether the passes share what they can (`two_pass_value_and_grad`); otherwise they are
-            two whole gradients.
+            two complete gradients.
 
         Raises:
-          TypeError: ``loss_fn`` is not callable, returns no pair, or no real floating-point loss; ``shared``
-            is not a bool; or ``dropout_key`` is no single key.
+          TypeError: ``loss_fn`` is not callable, does not return a pair, or its loss is not a real
+            floating-point scalar; ``shared`` is not a bool; or ``dropout_key`` is not a single key.
           ValueError: ``active``, ``mask`` or ``form`` is given with ``shared=False``; or as
             `two_pass_value_and_grad` raises it.
         """

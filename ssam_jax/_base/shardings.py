@@ -1,8 +1,8 @@
 """Arrays laid out over devices as the parameters they belong to.
 
-What is known of a parameter's sharding depends on where it is asked for. A concrete array has a
-sharding; under ``jit`` the type of an array has one on meshes whose axes are explicit; and on meshes
-with automatic axes only the compiler knows, which can be told to shard two arrays alike.
+What is known of a parameter's sharding depends on the context. A concrete array has a sharding. Under ``jit``
+the type of an array has one on meshes with explicit axes. On meshes with automatic axes only the compiler
+knows it, and can be told to shard two arrays alike.
 """
 
 import inspect
@@ -45,8 +45,8 @@ def concrete(x: Any) -> Sharding | None:
 def alike(x: jax.Array, param: Any) -> jax.Array:
     """Return an array that broadcasts against a parameter, laid out as the parameter is.
 
-    Along axes where the array has size 1 it is replicated. One that is smaller than the parameter is
-    left to the compiler where only that knows the parameter's sharding.
+    The array is replicated along axes where it has size 1. If it is smaller than the parameter, and only the
+    compiler knows the parameter's sharding, it is left to the compiler.
     """
     placed = concrete(param)
     typed = explicit(param)
@@ -60,7 +60,7 @@ def alike(x: jax.Array, param: Any) -> jax.Array:
 
 
 def constrained(x: jax.Array, sharding: Sharding, shape: tuple[int, ...]) -> jax.Array:
-    """Lay an array out as one of ``shape``, against which it broadcasts, is in a concrete sharding."""
+    """Lay out an array as a concrete sharding lays out one of ``shape``, against which it broadcasts."""
     if not isinstance(sharding, NamedSharding):
         if x.shape != shape:  # other kinds of sharding fit one rank
             return x
@@ -77,13 +77,13 @@ def part(sharding: NamedSharding, shape: tuple[int, ...], whole: tuple[int, ...]
     spec = (*sharding.spec, *[None] * (len(whole) - len(sharding.spec)))
     sizes = zip(spec[len(whole) - len(shape) :], shape, whole[len(whole) - len(shape) :])
     kept = [axes if size == full else None for axes, size, full in sizes]
-    while kept and kept[-1] is None:  # as compiled programs write it, so that jit takes both for the same
+    while kept and kept[-1] is None:  # as compiled programs write it, so that jit sees the same sharding
         kept.pop()
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))
 
 
 def rows_together(x: jax.Array) -> jax.Array:
-    """Return an array whose type lets its rows be sliced: with the first axis replicated, if explicit."""
+    """Return an array whose rows can be sliced: with the first axis replicated, if it is explicit."""
     typed = explicit(x)
     if typed is None or x.ndim == 0 or tuple(typed.spec)[:1] in ((), (None,)):
         return x
@@ -91,15 +91,15 @@ def rows_together(x: jax.Array) -> jax.Array:
 
 
 def typed_like(tree: Any, like: Any) -> Any:
-    """Return a tree whose arrays have the shardings in the types of another's, where they have any."""
+    """Return a tree whose arrays have the shardings in the types of another tree's arrays, if any."""
     return jax.tree.map(lambda x, p: x if (t := explicit(p)) is None else reshard(x, t), tree, like)
 
 
 def computed_like(params: chex.ArrayTree, fn: Callable[..., Any], *args: Any) -> Any:
     """Return ``fn(params, *args)``, a tree like ``params`` of arrays that broadcast against its leaves.
 
-    Its results are laid out as the leaves are. On a mesh with explicit axes it is computed with automatic
-    ones, so that it may reshape and draw as it likes.
+    The results are laid out as the leaves are. On a mesh with explicit axes ``fn`` is computed with automatic
+    ones, so that it may reshape and draw freely.
     """
     leaves = jax.tree.leaves(params)
     typed = [explicit(leaf) for leaf in leaves]
@@ -128,9 +128,9 @@ def zeros_like(param: Any, dtype: Any) -> jax.Array:
 
 
 def beside(tree: Any, params: chex.ArrayTree) -> Any:
-    """Return a tree whose arrays not yet placed are copied to every device of the parameters' mesh.
+    """Return a tree whose arrays without a place are copied to every device of the parameters' mesh.
 
-    Otherwise they would move there with the first step, which would be compiled once more for the second.
+    Otherwise the first step would move them there, and the second would compile again.
     """
     found = (concrete(leaf) for leaf in jax.tree.leaves(params))
     mesh = next((s.mesh for s in found if isinstance(s, NamedSharding)), None)
@@ -148,7 +148,7 @@ def beside(tree: Any, params: chex.ArrayTree) -> Any:
 
 
 def readable(x: jax.Array) -> jax.Array:
-    """Return an array that this process can read whole, though it may lie on devices of several of them."""
+    """Return an array that this process can read completely, even if it lies on devices of several."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return x
     sharding: Any = x.sharding  # arrays of several processes lie on a mesh

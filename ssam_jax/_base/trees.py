@@ -36,7 +36,7 @@ def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> Any:
 
 
 SPLIT = "split the other leaves off first, for instance with equinox.partition or nnx.split"
-"""What to do about parameters that are no real floats."""
+"""What to do about parameters that are not real floats."""
 
 
 def check_floating(tree: PyTree, name: str, remedy: str = SPLIT) -> None:

@@ -1,8 +1,8 @@
 """Pictures of what `ssam_jax.sharpness` measures, and of masks over time.
 
-Each function draws on the axes it is given, or on a new figure, and returns the figure: save it by
-``figure.savefig("name.png")``; in a notebook it shows itself. Nothing of pyplot's state is touched.
-Colours are Okabe and Ito's and viridis, which colour-blind readers tell apart; line styles differ too.
+Each function draws on the given axes, or on a new figure, and returns the figure. Save it with
+``figure.savefig("name.png")``; a notebook shows it. No function touches pyplot's state.
+Colors are Okabe and Ito's and viridis, which color-blind readers can distinguish; line styles differ too.
 """
 
 from ssam_jax.plotting.losses import loss_range as loss_range

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, line styles, axes, and checks of arguments."""
+"""What all pictures share: colors, line styles, axes, and checks of arguments."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -20,16 +20,16 @@ except ModuleNotFoundError as error:
     ) from None
 
 COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-"""Okabe and Ito's palette but for its yellow, which is faint on white."""
+"""Okabe and Ito's palette without its yellow, which is faint on white."""
 
 STYLES = ("-", "--", "-.", ":")
-"""Their number has no divisor in common with that of the colours, so that 28 lines all differ."""
+"""Their number has no divisor in common with that of the colors, so that 28 lines all differ."""
 
 COLORMAP = "viridis"
 
 
 def looks() -> Iterator[dict[str, Any]]:
-    """Yield a colour and a style for each line."""
+    """Yield a color and a style for each line."""
     for color, style in zip(itertools.cycle(COLORS), itertools.cycle(STYLES)):
         yield {"color": color, "linestyle": style}
 
@@ -44,7 +44,7 @@ def flat_axes(axes: Any, figsize: tuple[float, float] = (7, 4.5)) -> Axes:
 
 
 def finished(axes: Axes, lines: int) -> Figure:
-    """Add a grid, and a legend if there is something to tell apart; return the figure."""
+    """Add a grid, and a legend if there is more than one line; return the figure."""
     axes.set_axisbelow(True)
     axes.grid(alpha=0.3)
     if lines > 1:
@@ -53,7 +53,7 @@ def finished(axes: Axes, lines: int) -> Figure:
 
 
 def figure_of(axes: Axes) -> Figure:
-    """Return the figure that axes are on, be it by way of a subfigure."""
+    """Return the figure that holds axes, directly or in a subfigure."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     return figure
@@ -70,7 +70,7 @@ def array(values: Any) -> np.ndarray:
 
 
 def check_mapping(name: str, values: Any, kind: type) -> None:
-    """Raise, naming the argument, unless it is a mapping that holds values of a kind, one at least."""
+    """Raise, naming the argument, unless it is a mapping that holds at least one value, all of a kind."""
     if not isinstance(values, Mapping):
         wanted = f"a mapping from each run's name to its {kind.__name__}"
         raise TypeError(f"{name} must be {wanted}, got {type(values).__name__}.")

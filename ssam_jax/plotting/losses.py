@@ -29,7 +29,7 @@ def plot_loss_along(lines: Mapping[str, LossLine], axes: Axes | None = None, *, 
       The figure.
 
     Raises:
-      TypeError: ``lines`` is no mapping to `LossLine`, or ``axes`` are no two-dimensional axes.
+      TypeError: ``lines`` is not a mapping to `LossLine`, or ``axes`` are not two-dimensional axes.
       ValueError: ``lines`` is empty, or a line's arrays differ in shape.
     """
     drawing.check_mapping("lines", lines, LossLine)
@@ -64,24 +64,24 @@ def plot_loss_contours(
     """Draw the loss on a plane through the parameters as contours, with a cross at the parameters.
 
     Several planes share one scale if they are given the same ``vmin`` and ``vmax``, as from `loss_range`.
-    Losses beyond the scale have the colour of its end, and the colour bar then ends in an arrow; those that
-    are not finite are grey.
+    Losses beyond the scale have the color of its end, and the color bar then ends in an arrow. Losses that
+    are not finite are gray.
 
     Args:
       plane: what `ssam_jax.sharpness.loss_over` returned.
       axes: where to draw; None makes a figure.
-      levels: how many bands to divide the scale into; or, without ``vmin`` and ``vmax``, their edges.
+      levels: the number of bands in the scale; or, without ``vmin`` and ``vmax``, their edges.
       vmin: the lower end of the scale; None is the lowest finite loss.
       vmax: the upper end; None is the highest finite loss.
       log: whether the scale is logarithmic, which shows flat and steep planes side by side.
-      colorbar: whether to draw one beside the axes.
+      colorbar: whether to draw one next to the axes.
       unit: of the loss, such as ``"nats"``.
 
     Returns:
       The figure.
 
     Raises:
-      TypeError: ``plane`` is no `LossPlane`, or ``axes`` are no two-dimensional axes.
+      TypeError: ``plane`` is not a `LossPlane`, or ``axes`` are not two-dimensional axes.
       ValueError: the arrays do not fit one another, no loss is finite, ``levels``, ``vmin`` and ``vmax`` are
         out of range, or a logarithmic scale does not begin above 0.
     """
@@ -118,7 +118,7 @@ def plot_loss_surface(
     Args:
       plane: what `ssam_jax.sharpness.loss_over` returned.
       axes: where to draw, made with ``projection="3d"``; None makes a figure.
-      vmin: the lower end of the vertical axis and of the colours; None is the lowest finite loss.
+      vmin: the lower end of the vertical axis and of the colors; None is the lowest finite loss.
       vmax: the upper end; None is the highest finite loss.
       unit: of the loss, such as ``"nats"``.
 
@@ -126,7 +126,7 @@ def plot_loss_surface(
       The figure.
 
     Raises:
-      TypeError: ``plane`` is no `LossPlane`, or ``axes`` are not three-dimensional.
+      TypeError: ``plane`` is not a `LossPlane`, or ``axes`` are not three-dimensional.
       ValueError: the arrays do not fit one another, no loss is finite, or ``vmin`` and ``vmax`` are out of
         range.
     """
@@ -148,10 +148,10 @@ def plot_loss_surface(
 
 
 def loss_range(planes: Mapping[str, LossPlane]) -> tuple[float, float]:
-    """Return the lowest and the highest finite loss of several planes, to be a common scale.
+    """Return the lowest and the highest finite loss of several planes, as a common scale.
 
     Raises:
-      TypeError: ``planes`` is no mapping to `LossPlane`.
+      TypeError: ``planes`` is not a mapping to `LossPlane`.
       ValueError: ``planes`` is empty, the arrays of one do not fit one another, or hold no finite loss.
     """
     drawing.check_mapping("planes", planes, LossPlane)

@@ -20,7 +20,7 @@ def plot_mask_by_layer(
         densities.append(ssam_jax.mask_stats(opt_state).by_leaf)
 
     Args:
-      steps: shape (times,), ascending: steps or epochs at which the masks were looked at.
+      steps: shape (times,), ascending: the steps or epochs of the masks.
       densities: the dicts collected; or shares of shape (times,), from 0 to 1, by the leaf's path.
       axes: where to draw; None makes a figure, as high as the leaves need.
 
@@ -28,7 +28,7 @@ def plot_mask_by_layer(
       The figure.
 
     Raises:
-      TypeError: ``axes`` are no two-dimensional axes.
+      TypeError: ``axes`` are not two-dimensional axes.
       ValueError: there are no leaves (dense SAM has no mask) or no steps, they do not ascend, not every dict
         has the same leaves, or shares differ in shape from ``steps`` or are not from 0 to 1.
     """

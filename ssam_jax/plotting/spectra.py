@@ -16,10 +16,10 @@ ROUNDING = 1e-6  # of float32: a width below this share of the largest eigenvalu
 def plot_spectra(
     spectra: Mapping[str, SpectralDensity], axes: Axes | None = None, *, width: float | None = None
 ) -> Figure:
-    """Draw the densities of the Hessian's eigenvalues of several runs over one another.
+    """Draw the densities of the Hessian's eigenvalues of several runs in one plot.
 
-    The density's axis is logarithmic and ends a little below the bell of the largest eigenvalue, which is
-    one among all parameters.
+    The density's axis is logarithmic and ends a little below the bell of the largest eigenvalue, which stands
+    for a single parameter.
 
     Args:
       spectra: what `ssam_jax.sharpness.spectral_density` returned, by the run's name.
@@ -31,7 +31,7 @@ def plot_spectra(
       The figure.
 
     Raises:
-      TypeError: ``spectra`` is no mapping to `SpectralDensity`, or ``axes`` are no two-dimensional axes.
+      TypeError: ``spectra`` is not a mapping to `SpectralDensity`, or ``axes`` are not two-dimensional axes.
       ValueError: ``spectra`` is empty, arrays differ in shape or are not finite, or ``width`` is not above 0.
     """
     drawing.check_mapping("spectra", spectra, SpectralDensity)

@@ -1,7 +1,7 @@
-"""What sharpness-aware training minimises, measured: rises of the loss, Hessian spectra, loss surfaces.
+"""Measures of what sharpness-aware training minimizes: rises of the loss, Hessian spectra, loss surfaces.
 
-For any ``loss_fn(params, batch)``, any pytree of parameters, and several batches. Needs the extra
-``sharpness``. docs/sharpness.md explains the measures.
+They take any ``loss_fn(params, batch)``, any pytree of parameters, and several batches. They need the extra
+``sharpness``. docs/sharpness.md explains them.
 """
 
 from ssam_jax.sharpness.hessian import hessian_eigenpairs as hessian_eigenpairs

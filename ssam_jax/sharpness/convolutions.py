@@ -1,9 +1,9 @@
 """Convolutions that a CPU computes quickly inside loops.
 
-XLA's CPU backend has a fast routine for convolutions whose operands end in the features. It brings others
-into that order where they stand outside of loops and conditionals, and only there: the gradient of a
-convolution inside a loop, whose operands come in another order, takes many times as long
-(benchmarks/convolutions.py). Transposed beforehand it does not.
+XLA's CPU backend has a fast routine for convolutions whose operands end in the features. Outside of loops and
+conditionals it brings other operands into that order, but not inside. There, the gradient of a convolution,
+whose operands have another order, takes many times as long (benchmarks/curvature.py), unless they are
+transposed first.
 """
 
 from collections.abc import Callable, Sequence

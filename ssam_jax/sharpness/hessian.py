@@ -1,7 +1,7 @@
 """The Hessian of a loss without forming it: largest eigenpairs, trace, spectral density.
 
 Everything is made of Hessian-vector products, each about twice the work of a gradient of all batches.
-Lanczos' method, Hutchinson's estimator and their quadrature are matfree's.
+matfree has Lanczos' method, Hutchinson's estimator and their quadrature.
 """
 
 import functools
@@ -28,10 +28,10 @@ except ModuleNotFoundError as error:
     ) from None
 
 NOISE = 100
-"""A residual vector of no more than so many roundings, beside the spectrum so far, is taken for 0."""
+"""A residual vector of at most so many roundings, relative to the spectrum so far, counts as 0."""
 
 LANCZOS_STEPS = 40
-"""Lanczos steps to the largest eigenpairs, unless many are wanted: enough for the outliers of a network's."""
+"""Lanczos steps to the largest eigenpairs, unless ``k`` is large: enough for a network's outliers."""
 
 
 def hessian_eigenpairs(
@@ -46,15 +46,15 @@ def hessian_eigenpairs(
 ) -> Eigenpairs:
     """Return the k largest eigenvalues of the loss's Hessian, with their eigenvectors, by Lanczos' method.
 
-    Largest means furthest to the right, not in size. Of an eigenvalue that occurs several times one
-    copy is sure to be found, further ones may be. Values far from the rest of the spectrum converge first;
-    ``residuals`` says how far each is.
+    Largest means furthest to the right, not largest in magnitude. Of an eigenvalue that occurs several times,
+    one copy is found for certain, others perhaps. Values far from the rest of the spectrum converge first;
+    ``residuals`` bounds the error of each.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> scalar``, twice differentiable, in evaluation mode.
       params: pytree of floating-point arrays; half-precision ones are widened to float32.
       batches: a list of batches of equal shapes; the loss is their mean.
-      k: how many.
+      k: the number of pairs.
       depth: Lanczos steps: Hessian-vector products, and vectors of the parameters' size that are kept.
         At least k and at most the number of parameters; None means 40, or 4 k if that is more, or the
         number of parameters if that is less.
@@ -62,8 +62,8 @@ def hessian_eigenpairs(
       progress: whether to show a bar that counts the products.
 
     Returns:
-      `Eigenpairs`, laid out as the parameters are. Values beyond the reach of the start vector, as
-      where the Hessian is 0, are NaN.
+      `Eigenpairs`, laid out as the parameters are. Values beyond the reach of the start vector are NaN, for
+      example where the Hessian is 0.
 
     Raises:
       TypeError: an argument is of the wrong kind.
@@ -94,7 +94,7 @@ def hessian_trace(
     seed: int = 0,
     progress: bool = True,
 ) -> Estimate:
-    """Return the trace of the loss's Hessian, estimated as Hutchinson does with random signs.
+    """Return the trace of the loss's Hessian, by Hutchinson's estimator with random signs.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> scalar``, twice differentiable, in evaluation mode.
@@ -179,7 +179,7 @@ def _eigenpairs_program(
 ) -> Callable[..., Eigenpairs]:
     def run(params: Params, batches: Any, key: jax.Array) -> Eigenpairs:
         basis, matrix, found, coupling = _lanczos(loss_fn, layout, depth, show, params, batches, key)
-        beyond = jnp.where(found, 0, 4 * jnp.max(jnp.abs(matrix)) + 1)  # to be below all eigenvalues
+        beyond = jnp.where(found, 0, 4 * jnp.max(jnp.abs(matrix)) + 1)  # below all eigenvalues
         values, vectors = jnp.linalg.eigh(matrix - jnp.diag(beyond))
         values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
         basis = jnp.where(found[:, None], basis, 0)
@@ -241,8 +241,8 @@ def _lanczos(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return basis, shape (depth, n), tridiagonal matrix, which rows were found, and the last coupling.
 
-    Where the start vector reaches only a part of the space, to rounding, the rows beyond are noise or NaN in
-    what matfree returns; in the matrix they are uncoupled, with the first diagonal entry.
+    Where the start vector reaches only a part of the space, to rounding, the rows beyond it are noise or NaN
+    in matfree's result; here the matrix has them uncoupled, with the first diagonal entry.
     """
     product = _product(loss_fn, layout, params, batches, show=show)
     start = layout.vector(obj.random_like(params, key, jax.random.normal))

@@ -12,11 +12,11 @@ from ssam_jax.sharpness import convolutions
 from ssam_jax.typing import Gradients, Params
 
 PROGRAMS = 16
-"""Compiled programs of each kind to keep, so that measuring again with the same loss compiles nothing."""
+"""The number of compiled programs to keep of each kind, so that the same loss compiles once."""
 
 
 class Objective(NamedTuple):
-    """A loss, where it is measured, and on what.
+    """A loss, the parameters at which it is measured, and the batches.
 
     Attributes:
       loss_fn: ``loss_fn(params, batch) -> scalar``.
@@ -30,11 +30,11 @@ class Objective(NamedTuple):
 
 
 def objective(loss_fn: Any, params: Any, batches: Any) -> Objective:
-    """Check and prepare what every measure takes: parameters in one wide dtype, batches stacked.
+    """Check and prepare the arguments of every measure: parameters in one wide dtype, batches stacked.
 
     Raises:
-      TypeError: ``loss_fn`` is no hashable callable or returns no real scalar, ``params`` holds anything but
-        real floats, or ``batches`` is no list or other iterable of batches.
+      TypeError: ``loss_fn`` is not a hashable callable or does not return a real scalar, ``params`` holds
+        anything but real floats, or ``batches`` is not a list or another iterable of batches.
       ValueError: there are no parameters or no batches, or the batches differ in structure or shape.
     """
     checks.takes("loss_fn", loss_fn, "params", "batch")
@@ -102,7 +102,7 @@ def count(batches: Any) -> int:
 
 
 def batch(batches: Any, i: int) -> Any:
-    """Return one of stacked batches, stacked alone."""
+    """Return one of several stacked batches, with an axis of length 1."""
     return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, i, i + 1), batches)
 
 

@@ -18,9 +18,9 @@ _bars: list[Any] = []
 
 @contextlib.contextmanager
 def bar(total: int, description: str, unit: str, show: bool) -> Iterator[Callable[[], Any]]:
-    """Show a bar on the first process, if at all; yield what moves it on by one.
+    """Show a bar on the first process, if asked to; yield a function that advances it by one.
 
-    Compiled programs that are run meanwhile move it with `tick`.
+    Compiled programs that run meanwhile advance it with `tick`.
     """
     with tqdm(total=total, desc=description, unit=unit, disable=not show or jax.process_index() > 0) as shown:
         _bars.append(shown)
@@ -33,7 +33,7 @@ def bar(total: int, description: str, unit: str, show: bool) -> Iterator[Callabl
 
 
 def tick() -> None:
-    """Move the bar on by one each time the compiled program that is being traced comes by here."""
+    """Advance the bar by one each time the program that is being traced reaches this point."""
     jax.debug.callback(_move)
 
 

@@ -1,4 +1,4 @@
-"""What the measures of sharpness return: arrays, and how to read them."""
+"""The results of the measures of sharpness: arrays, and how to read them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,20 +9,20 @@ import jax.numpy as jnp
 from ssam_jax.typing import Params
 
 GRID_POINTS = 1024
-"""Points of a grid over the whole spectrum."""
+"""Points of a grid over the spectrum."""
 
 TINY = 1e-12
 """The least width of a grid or a bell: a spectrum of one value has a range of 0."""
 
 
 class Estimate(NamedTuple):
-    """A mean over random samples, and how sure it is.
+    """A mean over random samples, with its standard error.
 
     Attributes:
       mean: scalar, in the units of the samples.
       standard_error: scalar, the standard deviation of the samples over the root of their number; NaN for
-        a single one.
-      samples: shape (samples,), what the mean is of.
+        a single sample.
+      samples: shape (samples,), the samples themselves.
     """
 
     mean: jax.Array
@@ -59,7 +59,7 @@ class Eigenpairs(NamedTuple):
     Attributes:
       values: shape (k,), the largest first, in units of the loss over those of the parameters squared.
       vectors: a tree like the parameters with a leading axis of k; each vector, over all leaves, of length 1.
-      residuals: shape (k,), ``||H v - value * v||``: how far from each there is an eigenvalue at most.
+      residuals: shape (k,), ``||H v - value * v||``: an eigenvalue is at most this far from each value.
     """
 
     values: jax.Array
@@ -82,8 +82,8 @@ class SpectralDensity(NamedTuple):
         """Return evenly spaced values, shape (points,), from below the lowest node to above the highest.
 
         Args:
-          points: how many.
-          margin: what is added on either side, as a share of the nodes' range.
+          points: the number of values.
+          margin: the width to add on either side, as a share of the nodes' range.
         """
         low, high = jnp.min(self.nodes), jnp.max(self.nodes)
         extra = margin * jnp.maximum(high - low, TINY)

@@ -36,7 +36,7 @@ def worst_case_rise(
     .. math:: \max_{\|\epsilon\| \le \rho} L(w + \epsilon) - L(w)
 
     One step is SAM's (arXiv 2010.01412, eq. 2), with a mask sparse SAM's (arXiv 2306.17504). More steps are
-    projected gradient ascent: normalised steps, each followed by a projection on the ball, and the worst
+    projected gradient ascent: normalized steps, each followed by a projection on the ball, and the worst
     of the points on the way. Either way it is a lower bound on the maximum; one step's can be negative.
 
     Args:
@@ -50,8 +50,8 @@ def worst_case_rise(
         2 rho / steps for several.
       mask: bool leaves that broadcast against ``params``, as from `ssam_jax.get_mask`: the ball holds only
         perturbations of entries that are True. None means all.
-      normalize: ``"global"``: a step is divided by the norm of the whole gradient and then masked, as sparse
-        SAM does; ``"masked"``: by that of the masked gradient, so that it is as long as ``step_size`` says.
+      normalize: ``"global"``: a step is divided by the norm of the complete gradient and then masked, as
+        sparse SAM does; ``"masked"``: by that of the masked gradient, so that it is ``step_size`` long.
       adaptive: whether the ball is ASAM's (arXiv 2102.11600), ``||eps / (|w| + 0.01)|| <= rho``, biases not
         scaled: unlike the plain one it does not change when a layer is scaled up and the next one down.
       each_batch: whether each batch has a perturbation of its own, as in SAM's training; the result is

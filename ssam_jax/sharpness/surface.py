@@ -19,21 +19,21 @@ from ssam_jax.typing import Params
 def filter_normalized_direction(params: Params, seed: int = 0, *, axis: int = -1) -> Params:
     """Return a random direction whose filters are as long as those of the parameters.
 
-    The loss of a network with normalisation layers does not change when a filter is scaled, so that one
-    unit of a plain direction means something else for each network; of this one it does not.
+    The loss of a network with normalization layers does not change when a filter is scaled. So a unit of a
+    plain direction means something else for each network, and a unit of this direction means the same.
 
     Args:
       params: pytree of floating-point arrays.
-      seed: of the Gaussian draw, which is the same on any number of devices.
+      seed: seed of the Gaussian draw, which is the same on any number of devices.
       axis: the axis of a leaf that counts its filters: -1 for Flax's and Haiku's kernels of every kind, 0 for
         Equinox's and PyTorch's. The entries at one index of it are a filter, or a neuron's weights.
 
     Returns:
       A tree of the structure and shapes of ``params``, float32 or float64. Leaves of fewer than two
-      dimensions, biases and scales of normalisation layers, are 0, as in the paper.
+      dimensions, biases and scales of normalization layers, are 0, as in the paper.
 
     Raises:
-      TypeError: ``params`` holds anything but real floats, or ``seed`` or ``axis`` is no int.
+      TypeError: ``params`` holds anything but real floats, or ``seed`` or ``axis`` is not an int.
       ValueError: a leaf of two dimensions or more has no such axis.
 
     References:
@@ -82,12 +82,12 @@ def loss_along(
       batches: a list of batches of equal shapes; the loss is their mean.
       direction: shaped like ``params``, such as from `filter_normalized_direction`, an eigenvector, or the
         difference between two solutions.
-      offsets: shape (points,), how far to go along it, in multiples of it.
+      offsets: shape (points,), distances along the direction, in multiples of it.
       progress: whether to show a bar that counts the points.
 
     Raises:
       TypeError: an argument is of the wrong kind.
-      ValueError: the direction does not fit the parameters, or the offsets are no finite numbers in one row.
+      ValueError: the direction does not fit the parameters, or the offsets are not finite numbers in one row.
     """
     measured = obj.objective(loss_fn, params, batches)
     moved = _fitted(direction, measured.params, "direction")
@@ -119,7 +119,7 @@ def loss_over(
 
     Raises:
       TypeError: an argument is of the wrong kind.
-      ValueError: there are not two directions, one does not fit the parameters, or ``x`` or ``y`` are no
+      ValueError: there are not two directions, one does not fit the parameters, or ``x`` or ``y`` are not
         finite numbers in one row.
     """
     measured = obj.objective(loss_fn, params, batches)

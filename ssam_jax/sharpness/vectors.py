@@ -1,9 +1,9 @@
-"""Trees as vectors: what matfree's algorithms work on, without gathering what is spread over devices.
+"""Trees as vectors, on which matfree's algorithms work, without gathering what is spread over devices.
 
-A vector is a tree's entries one after another. Where the leaves lie on a mesh, each device puts the blocks
-that it holds one after another, and the vector is split over all devices: of a leaf that several devices
-hold copies of, each takes a part. Zeros fill up parts of unequal length. Either way the map keeps lengths
-and angles, so that eigenvalues and traces are those of the tree.
+A vector is a tree's entries one after another. Where the leaves lie on a mesh, each device concatenates the
+blocks that it holds, and the vector is split over all devices. If several devices hold copies of a leaf, each
+takes a part of it. Zeros fill parts of unequal length. The map keeps lengths and angles, so that eigenvalues
+and traces are those of the tree.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ssam_jax.typing import Params
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the entries of a tree lie in a vector. Hashable, to choose a compiled program by.
+    """How the entries of a tree lie in a vector. Hashable, as the key of a compiled program.
 
     Attributes:
       tree: the structure.

@@ -115,7 +115,7 @@ def ways(problem: Problem) -> dict[str, Way]:
         "dynamic 50 %": explicit(dynamic(Unstructured(0.5))),
         "dynamic by channel": explicit(dynamic(Structured(0.5, "channel"))),
         "fixed, last half of the parts": explicit(half_fixed)._replace(refreshes=False),
-        "the same by the fast road": Way(steps.two_passes(problem, last, half), last),
+        "the same by two-pass gradients": Way(steps.two_passes(problem, last, half), last),
         "implicit, Fisher 2:4": Way(steps.two_passes(problem, implicit), implicit, refreshes=True),
         "SAM, ascent on a quarter of the batch": Way(steps.ascending(problem, sam, batch // 4), sam),
         "alternating, Fisher 50 %": alternate(ssam_jax.alternating(base, 0.1, fisher(Unstructured(0.5)))),

@@ -38,6 +38,7 @@ BENCHMARKS = (
     "memory",
     "selection",
     "step",
+    "algebra",
     "scaling",
     "devices",
     "two_pass",

@@ -216,7 +216,7 @@ def plots(record: Record) -> dict[str, Any]:
     axes.set_xlabel("predicted operations (SGD steps)")
     axes.set_ylabel("time (SGD steps)")
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)
-    return {"times": ("Time of a step by the fast road, by the operations predicted", figure)}
+    return {"times": ("Time of a step by two-pass gradients, by the operations predicted", figure)}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from ssam_jax._base import trees
+from ssam_jax.ascent import radii
 from ssam_jax.ascent.radii import RadiusRule
 from ssam_jax.factors import Factors, check_optimizer
 from ssam_jax.masks.fitting import OTHER_STATE
@@ -78,6 +79,7 @@ def carried(
     """
     factors = Factors(rho, mask, direction, None, normalize, adaptive)
     optimizer = check_optimizer(optimizer)
+    never = radii.is_static(rho) and rho == 0
 
     def init(params: Params) -> CarriedState:
         # A copy, so that parameters and state can be donated together.
@@ -97,11 +99,12 @@ def carried(
         point = factors.point(center, uphill, radius, factors.mask_of(ssam, center))
 
         def move(u: jax.Array, w: jax.Array, p: jax.Array, new_w: jax.Array, new_p: jax.Array) -> jax.Array:
-            # The step plus the new eps less the old: without eps it is the optimizer's step, bit for bit.
+            # The step plus the new eps less the old: it loses nothing of a step that is far smaller than w.
             w, p, new_w, new_p = map(trees.widened, (w, p, new_w, new_p))
             return (u.astype(w.dtype) + ((new_p - new_w) - (p - w))).astype(u.dtype)
 
-        held = jax.tree.map(move, step, state.center, params, center, point)
+        # Without eps the step itself, which the compiler then treats as it does the base optimizer's.
+        held = step if never else jax.tree.map(move, step, state.center, params, center, point)
         return held, CarriedState(center, ssam, opt_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

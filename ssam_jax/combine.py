@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from ssam_jax._base import checks, shardings, trees
 from ssam_jax.typing import Gradients, Params, PyTree
 
+__all__ = ["Combine", "LookSamState", "gsam", "looksam", "replace", "weighted"]
+
 LARGEST = 1e30
 """The largest weight of a gradient; beyond it float32 overflows."""
 

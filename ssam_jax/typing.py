@@ -67,5 +67,5 @@ class TwoPassGradFn(Protocol):
 class Schedule(Protocol):
     """An optax schedule: the step, an int32 scalar, in; a scalar out."""
 
-    def __call__(self, count: jax.Array, /) -> Scalar:
+    def __call__(self, count: jax.Array, /) -> jax.typing.ArrayLike:
         """Return the value at ``count``."""

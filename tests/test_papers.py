@@ -15,7 +15,7 @@ from papers import HALF, NORMS_ONLY
 import ssam_jax
 from ssam_jax import combine, directions, fixed_mask, radii
 
-enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 RHO, STEPS, LR, DECAY = 0.2, 7, 0.3, 0.01
 BATCHES = oracle.make_batches(STEPS)
 BY_AXES = hasattr(
@@ -76,7 +76,7 @@ TWO = {
     "SAM": ({}, {}),
     "ASAM": ({"adaptive": True}, {"adaptive": True}),
     "n-step SAM": ({"ascent_steps": 3}, {"ascent_steps": 3}),
-    "normalised after masking": ({"normalize": "masked"}, {"normalize": "masked"}),
+    "normalized after masking": ({"normalize": "masked"}, {"normalize": "masked"}),
     "leaf by leaf": ({"normalize": "leaf"}, {"normalize": "leaf"}),
     "layerwise scaling (muP²)": ({"direction": layerwise}, {"direction": lambda: papers.scaled(MUP)}),
     "Muon direction": ({"direction": muon}, {"direction": lambda: papers.muon(stretched=not BY_AXES)}),

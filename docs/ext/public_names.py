@@ -19,37 +19,28 @@ MODULES = (
 )
 """What users import from."""
 
-INTERNAL = {
-    "ssam_jax.radii": {
-        "UpdateRadius",
-        "as_rule",
-        "check_radius",
-        "check_rho",
-        "is_static",
-        "known",
-        "radius_at",
-    },
-    "ssam_jax.combine": {"DEFAULT", "UpdateGradients"},
-}
-"""What these modules hold for the carriers."""
-
 
 def public_names(module: types.ModuleType) -> dict[str, Any]:
-    """Return what a module offers: what is defined in it or, for a package, in any part of the library."""
-    home = "ssam_jax" if hasattr(module, "__path__") else module.__name__
-    return {
-        name: value
+    """Return what a module offers: what its ``__all__`` names, or what is defined in it, modules left out."""
+    names = getattr(module, "__all__", None) or [
+        name
         for name, value in vars(module).items()
         if not (name.startswith("_") or isinstance(value, TypeVar))
-        and (getattr(value, "__module__", None) or "").startswith(home)
-    }
+        and (getattr(value, "__module__", None) or "").startswith(_home(module))
+    ]
+    found = {name: getattr(module, name) for name in names}
+    return {name: value for name, value in found.items() if not isinstance(value, types.ModuleType)}
+
+
+def _home(module: types.ModuleType) -> str:
+    return "ssam_jax" if hasattr(module, "__path__") else module.__name__
 
 
 def offered(name: str) -> dict[str, Any]:
     """Return the public names of one of `MODULES`."""
     package, _, attribute = name.partition(".")
     found = getattr(importlib.import_module(package), attribute, None) or importlib.import_module(name)
-    return {key: value for key, value in public_names(found).items() if key not in INTERNAL.get(name, set())}
+    return public_names(found)
 
 
 def is_documented(module: str, name: str, value: Any, documented: dict[str, Any]) -> bool:

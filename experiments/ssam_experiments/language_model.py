@@ -61,7 +61,7 @@ class Config:
     """Methods to train with, in turn."""
     mask: Literal["fisher", "last"] = "fisher"
     """Sparse SAM's mask: rows of every leaf (of a stacked leaf, layers) by Fisher information, or the last
-    layers and the head, by the fast road, which shares the work before them between both passes."""
+    layers and the head, by two-pass gradients, which share the work before them between both passes."""
     last: int = 1
     """Layers at the end of the stack that ``--mask last`` perturbs."""
     seed: int = 0

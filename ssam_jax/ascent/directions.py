@@ -9,6 +9,8 @@ import optax
 from ssam_jax._base import checks, shardings, trees
 from ssam_jax.typing import Gradients, Params, PyTree
 
+__all__ = ["FriendlyState", "NoiseState", "base_momentum", "friendly", "noise", "zscore"]
+
 LARGEST = 1e30
 """The largest setting; beyond it float32 overflows."""
 

@@ -10,6 +10,8 @@ import numpy as np
 from ssam_jax._base import checks, trees
 from ssam_jax.typing import Gradients, Params, PyTree, Scalar, Schedule
 
+__all__ = ["GateState", "RadiusRule", "adaptive_gate", "bernoulli", "every"]
+
 LARGEST_RADIUS = float(np.finfo(np.float32).max)
 """The largest that is finite in the dtype of norms."""
 
@@ -47,7 +49,7 @@ def every(k: int, rho: Scalar | Schedule, start: int = 0) -> Schedule:
       start: the first step that ascends, at least 0. ``every(1, rho, start)`` is late SAM.
 
     Returns:
-      An optax schedule: ``rho`` where ``step >= start`` and ``(step - start) % k == 0``, else 0.
+      An optax schedule, ``rho`` where ``step >= start`` and ``(step - start) % k == 0``, else 0.
 
     Raises:
       TypeError: an argument is of the wrong kind.
@@ -77,7 +79,7 @@ def bernoulli(p: float, rho: Scalar | Schedule, seed: int = 0) -> Schedule:
       seed: of the draws, which depend on it and the step alone, on any number of devices.
 
     Returns:
-      An optax schedule: ``rho`` or 0.
+      An optax schedule, ``rho`` or 0.
 
     Raises:
       TypeError: an argument is of the wrong kind.

@@ -19,7 +19,7 @@ PIVOTS = 7
 reads but more comparisons; `benchmarks/selection.py` compares 3, 7 and 15."""
 
 LARGEST_LEAF = 2**31 - 1
-"""Counts within one array are int32; counts over several arrays may exceed it (see `_Count`)."""
+"""Counts within one array are int32; counts over several arrays may exceed it (see `Count`)."""
 
 
 def ordered_keys(scores: jax.Array) -> jax.Array:

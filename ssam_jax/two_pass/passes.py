@@ -22,7 +22,28 @@ from ssam_jax.two_pass.implicit.masks import LeafMask, check_mask, facts_about, 
 from ssam_jax.two_pass.implicit.weights import Fact, without_gradient
 from ssam_jax.two_pass.loss import TracedLoss, trace_loss
 from ssam_jax.two_pass.splitting import Piece
-from ssam_jax.typing import Form, Gradients, Mask, Params, PyTree, TwoPassGradFn
+from ssam_jax.typing import Form, Gradients, Mask, Params, PyTree
+
+
+@dataclasses.dataclass(eq=False)
+class GradFn:
+    """The `TwoPassGradFn` of two functions; ``dataclasses.replace`` exchanges either.
+
+    Attributes:
+      value_and_grad: from parameters and step to the loss, or ``(loss, aux)``, and the complete gradient.
+      ascent: from parameters and step to the gradient of the active leaves.
+      partial: as in `TwoPassGradFn`.
+      form: as in `TwoPassGradFn`.
+    """
+
+    value_and_grad: Callable[[Params, int], tuple[PyTree, Gradients]]
+    ascent: Callable[[Params, int], Gradients]
+    partial: bool
+    form: Form
+
+    def __call__(self, params: Params, step: int = 0, /) -> Gradients:
+        """Return the complete gradient at ``params``."""
+        return self.value_and_grad(params, step)[1]
 
 
 def two_pass_value_and_grad(
@@ -31,7 +52,7 @@ def two_pass_value_and_grad(
     has_aux: bool = False,
     form: Form = "explicit",
     strict: bool = True,
-) -> Callable[..., tuple[PyTree, Gradients, TwoPassGradFn]]:
+) -> Callable[..., tuple[PyTree, Gradients, GradFn]]:
     """Return a function that computes what a step of `ssam` needs, for less than two gradients.
 
     It takes the place of ``jax.value_and_grad`` in a training step, inside ``jit``::
@@ -58,8 +79,8 @@ def two_pass_value_and_grad(
       has_aux: whether ``loss_fn`` returns a pair.
       form: ``"explicit"``: the ascent gradient is exact, and `ssam` masks the perturbation;
         ``"implicit"``: the first backward pass uses masked weights where it sends gradients to the
-        inputs of matrix products and convolutions (arXiv 2306.17504, section on implicit SSAM), for
-        ``ssam(..., form="implicit")``.
+        inputs of matrix products and convolutions (arXiv 2306.17504, section on implicit SSAM), and `ssam`
+        does not mask the perturbation.
       strict: in the implicit form, whether it is an error if a masked parameter reaches a product and its
         mask cannot be followed there; otherwise it is a warning, and that product is not masked.
 
@@ -111,7 +132,7 @@ def two_pass_value_and_grad(
         active: Active | None = None,
         mask: Mask | Active | None = None,
         **kwargs: PyTree,
-    ) -> tuple[PyTree, Gradients, TwoPassGradFn]:
+    ) -> tuple[PyTree, Gradients, GradFn]:
         trees.check_floating(params, "params")
         chosen = check_active(active, params)
         masks = check_mask(mask, params, form)
@@ -160,27 +181,6 @@ class Passes(Protocol):
 
     def descent(self, params: Params, /) -> tuple[PyTree, Gradients]:
         """Return the complete gradient."""
-
-
-@dataclasses.dataclass(eq=False)
-class GradFn:
-    """The `TwoPassGradFn` of two functions; ``dataclasses.replace`` exchanges either.
-
-    Attributes:
-      value_and_grad: from parameters and step to the loss, or ``(loss, aux)``, and the complete gradient.
-      ascent: from parameters and step to the gradient of the active leaves.
-      partial: as in `TwoPassGradFn`.
-      form: as in `TwoPassGradFn`.
-    """
-
-    value_and_grad: Callable[[Params, int], tuple[PyTree, Gradients]]
-    ascent: Callable[[Params, int], Gradients]
-    partial: bool
-    form: Form
-
-    def __call__(self, params: Params, step: int = 0, /) -> Gradients:
-        """Return the complete gradient at ``params``."""
-        return self.value_and_grad(params, step)[1]
 
 
 class Cut(NamedTuple):

@@ -100,14 +100,14 @@ def test_bytes_of_a_state_are_counted_as_they_are_kept():
 
 
 def test_steps_are_measured_in_small_and_shown(relaxed_promotion):
-    only = "^(Fisher 2:4|the same by the fast road|SAM, ascent on a quarter of the batch)$"
+    only = "^(Fisher 2:4|the same by two-pass gradients|SAM, ascent on a quarter of the batch)$"
     config = dataclasses.replace(step.QUICK, networks=("MLP",), only=only)
     results = step.measure(config)
     rows = {row["name"]: row for row in results["MLP"]["rows"]}
     flops = {name: row["flops"] / rows["SGD"]["flops"] for name, row in rows.items()}
     assert flops["optax.contrib.sam"] == flops["Fisher 2:4"] == 2
     assert flops["SAM, ascent on a quarter of the batch"] == 1.25
-    assert 1 < flops["the same by the fast road"] < 1.25
+    assert 1 < flops["the same by two-pass gradients"] < 1.25
     assert rows["Fisher 2:4"]["bytes"] > rows["SGD"]["bytes"]
     limits = {"product": 1e11, "convolution": 1e11, "bandwidth": 1e10}
     record = {"results": results, "limits": limits}

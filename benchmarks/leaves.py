@@ -2,7 +2,7 @@
 
 Run ``python benchmarks/leaves.py``; ``--help`` lists the sizes. Each candidate has a process of its own, so
 that none finds compiled what another compiled before it. The loss is a sum of squares: what is counted is
-the optimizer's own. Seconds are those of all threads together and do not depend on what else the machine does.
+the optimizer's own. Seconds are those of all threads together; what else the machine does counts little.
 """
 
 import dataclasses

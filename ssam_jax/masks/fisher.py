@@ -10,6 +10,7 @@ import numpy as np
 
 from ssam_jax._base import checks, shardings, trees
 from ssam_jax.masks import packing
+from ssam_jax.masks.drawing import first_mask
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.masks.rule import (
     OTHER_STATE,
@@ -19,7 +20,6 @@ from ssam_jax.masks.rule import (
     check_pattern,
     check_refresh_every,
     check_seed,
-    first_mask,
     key_data,
     renewed,
 )

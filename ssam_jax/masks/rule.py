@@ -1,6 +1,5 @@
 """Mask rules: how a mask is born and when it is renewed."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings, trees
 from ssam_jax.masks import packing
+from ssam_jax.masks.drawing import first_mask
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.typing import Gradients, Mask, Params
 
@@ -204,7 +204,8 @@ def renewed(
         old, new = state.mask, renew()
         trees.check_same_shapes(new, old, "the renewed mask", "the one in the state", OTHER_STATE)
         mask = jax.tree.map(shardings.alike, new, old)
-        return packing.pack_like(mask, state.bits), mask_churn(old, mask)
+        bits = packing.pack_like(mask, state.bits)
+        return bits, packing.churn(state.bits, bits)
 
     return jax.lax.cond((step + 1) % refresh_every == 0, replace, lambda: (state.bits, state.churn))
 
@@ -219,44 +220,6 @@ def mask_churn(old: Mask, new: Mask) -> jax.Array:
     came = sum((jnp.sum(n & ~o, dtype=jnp.float32) for o, n in pairs), start=zero)
     active = sum((jnp.sum(n, dtype=jnp.float32) for _, n in pairs), start=zero)
     return jnp.where(active > 0, came / jnp.maximum(active, 1), 0)
-
-
-def first_mask(pattern: Pattern, key: jax.Array, params: Params, packed: bool) -> Mask:
-    """Return the bits of a random mask that obeys the pattern: masked from the first step on."""
-    mask = _placed_draw(pattern, key, params)
-    return packing.pack(mask) if packed else mask
-
-
-def _placed_draw(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
-    """Return a random mask that lies where the parameters do."""
-    leaves, treedef = jax.tree.flatten(params)
-    if any(isinstance(leaf, jax.core.Tracer) or shardings.explicit(leaf) for leaf in leaves):
-        return _draw_like(pattern, key, params)
-    shapes = tuple(jnp.shape(leaf) for leaf in leaves)
-    placed = tuple(shardings.concrete(leaf) for leaf in leaves)
-    if len({frozenset(s.device_set) for s in placed if s is not None}) > 1:  # no program spans them
-        mask = _draw(pattern, treedef, tuple((shape, None) for shape in shapes), key)
-        return jax.tree.map(shardings.alike, mask, params)
-    return _draw(pattern, treedef, tuple(zip(shapes, placed)), key)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _draw(
-    pattern: Pattern, treedef: Any, placed: tuple[tuple[tuple[int, ...], Any], ...], key: jax.Array
-) -> Mask:
-    """Draw under ``jit``: op by op, ``init`` would compile every operation, and fill one device first."""
-    params = treedef.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in placed])
-    mask = pattern.random(as_key(key), params)
-    leaves = [
-        m if sharding is None else shardings.constrained(m, sharding, shape)
-        for m, (shape, sharding) in zip(treedef.flatten_up_to(mask), placed)
-    ]
-    return treedef.unflatten(leaves)
-
-
-@functools.partial(jax.jit, static_argnums=0, keep_unused=True)
-def _draw_like(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
-    return pattern.random(as_key(key), params)
 
 
 def key_data(seed: int | jax.Array) -> jax.Array:

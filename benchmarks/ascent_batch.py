@@ -1,8 +1,8 @@
 """What a step costs whose ascent gradient comes from a part of the batch, in operations and in time.
 
 Run ``python benchmarks/ascent_batch.py``; ``--help`` lists the sizes. A step is that of docs/two_pass.md: two
-calls of `two_pass_value_and_grad`, of which the first sees a part of the batch and the second all of it. Candidates
-take turns, and medians count. Everything is relative to an SGD step.
+calls of `two_pass_value_and_grad`, of which the first sees a part of the batch and the second all of it.
+Candidates take turns, and medians count. Everything is relative to an SGD step.
 """
 
 import dataclasses

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ssam_jax._base import shardings, trees
 from ssam_jax.masks import packing
 from ssam_jax.masks.fitting import check_bools
-from ssam_jax.masks.rule import MaskState, churn
+from ssam_jax.masks.rule import MaskState
 from ssam_jax.typing import Mask, PyTree
 
 T = TypeVar("T")
@@ -87,10 +87,9 @@ def set_mask(opt_state: PyTree, mask: Mask) -> PyTree:
             "there is no mask to replace: this ssam is dense (mask=None). Make it with"
             " mask=fisher_mask(pattern, refresh_every=None) to have one that only set_mask changes."
         )
-    old = state.mask.mask
-    new = _fitted(mask, old)
-    bits = packing.pack_like(new, state.mask.bits)
-    changed = state._replace(mask=state.mask._replace(bits=bits, churn=churn(old, new)))
+    old = state.mask.bits
+    bits = packing.pack_like(_fitted(mask, state.mask.mask), old)
+    changed = state._replace(mask=state.mask._replace(bits=bits, churn=packing.churn(old, bits)))
     return replace(opt_state, changed)
 
 

@@ -117,6 +117,15 @@ def computed_like(params: chex.ArrayTree, fn: Callable[..., Any], *args: Any) ->
     return run(jax.tree.unflatten(tree, out))(params, *args)
 
 
+def computed_everywhere(fn: Callable[..., Any], *args: Any) -> Any:
+    """Return ``fn(*args)``, an array that every device has; on explicit axes computed as `computed_like`."""
+    known = next((t for x in jax.tree.leaves(args) if (t := explicit(x)) is not None), None)
+    if known is None:
+        return fn(*args)
+    whole = NamedSharding(known.mesh, PartitionSpec())
+    return auto_axes(fn, axes=explicit_axes(known), **{OUT: whole})(*args)
+
+
 def _without_sharding(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings
-from ssam_jax.masks import selection
+from ssam_jax.masks import trading
 from ssam_jax.masks.drawing import random_first
 from ssam_jax.masks.fitting import check_pattern
 from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern
@@ -84,60 +84,10 @@ def dynamic_mask(
         return shardings.computed_like(params, traded, key, mask, grads, fraction(step))
 
     def traded(params: Params, key: jax.Array, mask: Mask, grads: Gradients, share: jax.Array) -> Mask:
-        drop_key, grow_key = jax.random.split(key)
-        to_keep = _unit_keys(units, drop, drop_key, params, grads)
-        to_grow = _unit_keys(units, grow, grow_key, params, grads)
-        return _trade(units, mask, params, to_keep, to_grow, share)
+        scores = {"gradient": grads, "weight": params, "random": None}
+        return trading.traded(units, mask, params, scores[drop], scores[grow], share, key)
 
     return MaskRule(None, observe, select, refresh_every, seed=seed, packed=packed, keeps_memory=False)
-
-
-def _trade(
-    pattern: UnitPattern,
-    mask: Mask,
-    params: Params,
-    to_keep: list[jax.Array],
-    to_grow: list[jax.Array],
-    fraction: jax.Array,
-) -> Mask:
-    """Drop and grow the same number of units, over the whole tree or within each leaf."""
-    leaves, treedef = jax.tree.flatten(mask)
-    if not leaves:
-        return mask
-    shared = pattern.shared and not isinstance(pattern, Structured)
-    active = [pattern.collapse(leaf) for leaf in leaves]
-    ones = [1] * len(active)
-
-    def count(flags: list[jax.Array]) -> selection.Count:
-        each = selection.Count.of(jnp.stack([jnp.sum(f, dtype=jnp.int32) for f in flags]))
-        return each.total() if shared else each
-
-    on, off = count(active), count([~a for a in active])
-    fraction = jnp.asarray(fraction, jnp.float32)
-    fraction = jnp.where(fraction > 0, jnp.minimum(fraction, 1), 0)  # NaN is not above 0
-    wanted = selection.Count.rounded(fraction * on.as_float())
-    traded = wanted.minimum(off)
-    keep = selection.largest(
-        [jnp.where(a, k, 0) for a, k in zip(active, to_keep)], ones, on.minus(traded), shared=shared
-    )
-    grow = selection.largest(
-        [jnp.where(a, 0, k) for a, k in zip(active, to_grow)], ones, traded, shared=shared
-    )
-    shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
-    new = [pattern.expand(k | g, shape) for k, g, shape in zip(keep, grow, shapes)]
-    return jax.tree.unflatten(treedef, new)
-
-
-def _unit_keys(
-    pattern: UnitPattern, criterion: Criterion, key: jax.Array, params: Params, grads: Gradients
-) -> list[jax.Array]:
-    """Return the score of each unit as keys for `selection.largest`."""
-    if criterion == "random":
-        shapes = [pattern.unit_shape(jnp.shape(p)) for p in jax.tree.leaves(params)]
-        draws = (jax.random.bits(jax.random.fold_in(key, i), s, jnp.uint32) for i, s in enumerate(shapes))
-        return [jnp.clip(bits, jnp.uint32(1), jnp.uint32(2**32 - 2)) for bits in draws]
-    scores = grads if criterion == "gradient" else params
-    return selection.comparable_keys([pattern.units(jnp.abs(x)) for x in jax.tree.leaves(scores)])
 
 
 def _drop_schedule(drop_fraction: float | Schedule, total_steps: int | None) -> Schedule:

@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ssam_jax._base import shardings, trees
+from ssam_jax.masks.shards import Here, Lie, by_part
 from ssam_jax.typing import Mask
 
 AXES = {8: -1, 16: -2, 32: -3}
@@ -23,6 +25,9 @@ AXES = {8: -1, 16: -2, 32: -3}
 
 TOGETHER = 8
 """Along the axis a leaf must have a multiple of so many words: a mesh divides words, not the bits of one."""
+
+WIDTH = 1024
+"""Bytes that are counted in one number."""
 
 
 def pack(mask: Mask) -> Mask:
@@ -54,7 +59,55 @@ def pack_like(mask: Mask, like: Mask) -> Mask:
 
 def unpack(mask: Mask) -> Mask:
     """Return a tree of bool arrays: undo `pack`."""
-    return jax.tree.map(_unpacked, mask)
+    leaves = jax.tree.leaves(mask)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return _unpack(mask)
+    if len({frozenset(leaf.devices()) for leaf in leaves if isinstance(leaf, jax.Array)}) > 1:
+        return jax.tree.map(_unpacked, mask)  # no program spans them
+    return _together(mask)
+
+
+@jax.jit
+def churn(old: Mask, new: Mask) -> jax.Array:
+    """Return the share of the True entries of one packed mask that are False in another packed alike.
+
+    Entries of masks that broadcast count once, however many parameters they stand for.
+
+    Returns:
+      A float32 scalar, 0 if no entry of ``new`` is True.
+    """
+    came, active = shardings.computed_everywhere(_came_and_active, old, new)
+    return jnp.where(active > 0, came / jnp.maximum(active, 1), 0)
+
+
+def _came_and_active(old: Mask, new: Mask) -> jax.Array:
+    """Count entries that are new, and all that are True: float32 of shape (2,)."""
+    before, after = jax.tree.leaves(old), jax.tree.leaves(new)
+    if not after:
+        return jnp.zeros(2, jnp.float32)
+
+    def local(here: Here, parts: list[jax.Array]) -> list[jax.Array]:
+        new, old = _bytes(here, parts, 0, len(after)), _bytes(here, parts, len(after), 2 * len(after))
+        came, active = (lax.population_count(x).astype(jnp.int32) for x in (new & ~old, new))
+        both = jnp.sum((came << 16) + active, axis=1)  # of a row at most 2**13
+        return [here.total(jnp.stack([jnp.sum(x.astype(jnp.float32)) for x in (both >> 16, both & 0xFFFF)]))]
+
+    inputs = [Lie(leaf.shape) for leaf in after]
+    inputs += [Lie(leaf.shape, i) for i, leaf in enumerate(before)]
+    [found] = by_part(local, [*after, *before], inputs, [Lie((2,))])
+    return found
+
+
+def _bytes(here: Here, parts: list[jax.Array], first: int, last: int) -> jax.Array:
+    """Return rows of the bytes of some leaves, zeros for what another device counts."""
+    found = []
+    for part, leaf in zip(here.inputs[first:last], parts[first:last]):
+        mine = part.first()
+        kept = leaf if mine.all() else jnp.where(here.mine(mine), leaf, jnp.zeros_like(leaf))
+        whole = kept.astype(jnp.uint8) if _bits(kept) == 1 else lax.bitcast_convert_type(kept, jnp.uint8)
+        found.append(whole.reshape(-1))
+    size = sum(x.size for x in found)
+    return jnp.concatenate([*found, jnp.zeros(-size % WIDTH, jnp.uint8)]).reshape(-1, WIDTH)
 
 
 def word_bits(shape: Sequence[int]) -> int:
@@ -94,6 +147,14 @@ def _bits(leaf: Any) -> int:
 
 def _packed(leaf: jax.Array, bits: int) -> jax.Array:
     return leaf if bits == 1 else _words(leaf, bits)
+
+
+def _unpack(mask: Mask) -> Mask:
+    return jax.tree.map(_unpacked, mask)
+
+
+_together = jax.jit(_unpack)
+"""The same as one program, where each leaf's would have to be compiled."""
 
 
 def _unpacked(leaf: jax.Array) -> jax.Array:

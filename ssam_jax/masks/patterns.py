@@ -7,15 +7,16 @@ counts as the lowest, and ties go to the earlier leaf and the lower row-major in
 
 import abc
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings, trees
-from ssam_jax.masks import selection
+from ssam_jax.masks import groups, hashing, units
+from ssam_jax.masks.units import Units
 from ssam_jax.typing import Mask, Params, Scores
 
 
@@ -40,13 +41,41 @@ class Pattern(abc.ABC):
 
         def draw(params: Params, key: jax.Array) -> Scores:
             leaves, treedef = jax.tree.flatten(params)
-            scores = [_uniform(key, i, jnp.shape(leaf)) for i, leaf in enumerate(leaves)]
-            return jax.tree.unflatten(treedef, scores)
+            return jax.tree.unflatten(treedef, hashing.uniform(key, [jnp.shape(leaf) for leaf in leaves]))
 
         return self(shardings.computed_like(params, draw, key))
 
 
-class UnitPattern(Pattern):
+class _Compiled(Pattern):
+    """A pattern that is compiled once for trees of some shapes, also where the caller uses no ``jit``."""
+
+    def __call__(self, scores: Scores) -> Mask:
+        _check_scores(scores)
+        scores = jax.tree.map(jnp.asarray, scores)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(scores)):
+            return shardings.computed_like(scores, self._best)
+        return jax.tree.map(shardings.alike, _best(self, scores), scores)
+
+    def random(self, key: jax.Array, params: Params) -> Mask:
+        """Return a random mask in which every unit is as likely as any other of its size."""
+        check_key(key)
+        return shardings.computed_like(params, self._any, key)
+
+    @abc.abstractmethod
+    def _best(self, scores: Scores) -> Mask:
+        """Return the mask that keeps the largest scores."""
+
+    @abc.abstractmethod
+    def _any(self, params: Params, key: jax.Array) -> Mask:
+        """Return a random mask."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _best(pattern: _Compiled, scores: Scores) -> Mask:
+    return shardings.computed_like(scores, pattern._best)
+
+
+class UnitPattern(_Compiled):
     """A pattern that keeps or leaves units (entries, slices, blocks or tensors) to reach a density.
 
     A unit's score is the mean over its entries. Every unit of one leaf has the same size.
@@ -54,41 +83,18 @@ class UnitPattern(Pattern):
 
     sparsity: float
 
-    def __call__(self, scores: Scores) -> Mask:
-        _check_scores(scores)
-        return shardings.computed_like(jax.tree.map(jnp.asarray, scores), self._best)
-
     def _best(self, scores: Scores) -> Mask:
         leaves, treedef = jax.tree.flatten(scores)
-        units = _on_each_leaf(self.units, scores)
-        keys = selection.comparable_keys(units)
-        return jax.tree.unflatten(treedef, self._choose(keys, [leaf.shape for leaf in leaves]))
-
-    def random(self, key: jax.Array, params: Params) -> Mask:
-        """Return a random mask in which every unit is as likely as any other of its size."""
-        check_key(key)
-        return shardings.computed_like(params, self._any, key)
+        found = units.best(leaves, self.units(scores), self.sparsity, shared=self.shared)
+        return jax.tree.unflatten(treedef, found)
 
     def _any(self, params: Params, key: jax.Array) -> Mask:
-        leaves, treedef = jax.tree.flatten(params)
-        shapes = [jnp.shape(leaf) for leaf in leaves]
-        units = _on_each_leaf(lambda leaf: self.unit_shape(jnp.shape(leaf)), params)
-        keys = selection.comparable_keys([_uniform(key, i, shape) for i, shape in enumerate(units)])
-        return jax.tree.unflatten(treedef, self._choose(keys, shapes))
+        found = units.drawn(key, self.units(params), self.sparsity, shared=self.shared)
+        return jax.tree.unflatten(jax.tree.structure(params), found)
 
-    def _choose(self, keys: list[jax.Array], shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
-        sizes = [math.prod(shape) for shape in shapes]
-        if self.shared:
-            budgets = [_kept(sum(sizes), self.sparsity)] * len(sizes)
-        else:
-            budgets = [_kept(size, self.sparsity) for size in sizes]
-        chosen = selection.largest(
-            keys,
-            [self.unit_size(shape) for shape in shapes],
-            selection.Count.static(budgets),
-            shared=self.shared,
-        )
-        return [self.expand(unit, shape) for unit, shape in zip(chosen, shapes)]
+    def units(self, params: Params) -> list[Units]:
+        """Return how the entries of each leaf form units."""
+        return _on_each_leaf(lambda leaf: self.units_of(jnp.shape(leaf)), params)
 
     @property
     def shared(self) -> bool:
@@ -96,25 +102,8 @@ class UnitPattern(Pattern):
         return True
 
     @abc.abstractmethod
-    def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the array of units of a leaf."""
-
-    @abc.abstractmethod
-    def units(self, leaf: jax.Array) -> jax.Array:
-        """Return the score of each unit of a leaf of scores."""
-
-    def expand(self, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Turn a choice of units into a mask that broadcasts against a leaf of ``shape``."""
-        del shape
-        return units
-
-    def collapse(self, mask: jax.Array) -> jax.Array:
-        """Undo `expand`."""
-        return mask
-
-    def unit_size(self, shape: tuple[int, ...]) -> int:
-        """Return how many entries a unit of a leaf has."""
-        return max(1, math.prod(shape) // max(1, math.prod(self.unit_shape(shape))))
+    def units_of(self, shape: tuple[int, ...]) -> Units:
+        """Return how the entries of a leaf of a shape form units."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +131,8 @@ class Unstructured(UnitPattern):
     def shared(self) -> bool:
         return self.scope == "global"
 
-    def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape
-
-    def units(self, leaf: jax.Array) -> jax.Array:
-        return leaf
+    def units_of(self, shape: tuple[int, ...]) -> Units:
+        return Units(shape, (1,) * len(shape), shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,41 +222,18 @@ class Structured(UnitPattern):
                 )
         return tuple(extents)
 
-    def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def units_of(self, shape: tuple[int, ...]) -> Units:
         if 0 in shape:
-            return shape
+            return Units(shape, (1,) * len(shape), shape)
         extents = self._extents(shape)
         if extents == shape:  # one unit: a scalar, whatever the rank
-            return ()
-        return tuple(size // extent for size, extent in zip(shape, extents))
-
-    def units(self, leaf: jax.Array) -> jax.Array:
-        leaf = trees.widened(leaf)
-        shape = self.unit_shape(leaf.shape)
-        if shape == leaf.shape:
-            return leaf
-        if shape == ():
-            return jnp.mean(leaf)
-        extents = self._extents(leaf.shape)
-        split = [n for pair in zip(shape, extents) for n in pair]
-        return jnp.mean(leaf.reshape(split), axis=tuple(range(1, len(split), 2)))
-
-    def expand(self, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        if self.unit != "block" or units.ndim == 0 or 0 in shape:
-            return units
-        for axis, extent in enumerate(self._extents(shape)):
-            units = jnp.repeat(units, extent, axis=axis)
-        return units
-
-    def collapse(self, mask: jax.Array) -> jax.Array:
-        if self.unit != "block" or mask.ndim == 0 or 0 in mask.shape:
-            return mask
-        # Not by indexing, which older versions of JAX make a gather of, and XLA then one between devices.
-        return jax.lax.slice(mask, (0,) * mask.ndim, mask.shape, self._extents(mask.shape))
+            return Units(shape, extents, ())
+        found = Units(shape, extents, shape)
+        return found if self.unit == "block" else found._replace(mask=found.shape)
 
 
 @dataclasses.dataclass(frozen=True)
-class NM(Pattern):
+class NM(_Compiled):
     """Keep exactly the ``n`` largest of every ``m`` consecutive entries along an axis.
 
     Leaves of rank below 2 (biases, norm scales) are perturbed whole: their mask is a scalar True.
@@ -302,26 +265,31 @@ class NM(Pattern):
             raise ValueError(f"n and m must satisfy 0 <= n <= m and m >= 1, got n={self.n}, m={self.m}.")
         checks.choice("indivisible", self.indivisible, ("error", "whole"))
 
-    def __call__(self, scores: Scores) -> Mask:
-        _check_scores(scores)
-        return shardings.computed_like(jax.tree.map(jnp.asarray, scores), self._best)
-
     def _best(self, scores: Scores) -> Mask:
-        return jax.tree.unflatten(jax.tree.structure(scores), _on_each_leaf(self._mask, scores))
+        leaves, treedef = jax.tree.flatten(scores)
+        grouped = _on_each_leaf(lambda leaf: self._groups(leaf.shape), scores)
+        return jax.tree.unflatten(treedef, groups.best(leaves, grouped, self.n, self.m, self.axis))
 
-    def _mask(self, leaf: jax.Array) -> jax.Array:
-        if leaf.ndim < 2:
-            return jnp.array(True)
-        if not -leaf.ndim <= self.axis < leaf.ndim:
+    def _any(self, params: Params, key: jax.Array) -> Mask:
+        leaves, treedef = jax.tree.flatten(params)
+        grouped = _on_each_leaf(lambda leaf: self._groups(jnp.shape(leaf)), params)
+        shapes = [jnp.shape(leaf) for leaf in leaves]
+        return jax.tree.unflatten(treedef, groups.drawn(key, shapes, grouped, self.n, self.m, self.axis))
+
+    def _groups(self, shape: tuple[int, ...]) -> bool:
+        """Return whether a leaf is grouped, and not perturbed whole."""
+        if len(shape) < 2:
+            return False
+        if not -len(shape) <= self.axis < len(shape):
             raise _MisfitError(f"it has no axis {self.axis}")
-        if leaf.shape[self.axis] % self.m:
+        if shape[self.axis] % self.m:
             if self.indivisible == "whole":
-                return jnp.array(True)
+                return False
             raise _MisfitError(
-                f"its axis {self.axis} of size {leaf.shape[self.axis]} is not divisible by m={self.m};"
+                f"its axis {self.axis} of size {shape[self.axis]} is not divisible by m={self.m};"
                 " choose another axis, or indivisible='whole'"
             )
-        return selection.largest_in_groups(leaf, self.n, self.m, self.axis)
+        return True
 
 
 class _MisfitError(ValueError):
@@ -338,16 +306,6 @@ def _on_each_leaf(fn: Callable[[Any], Any], tree: Any) -> list[Any]:
             name = trees.path_name(path)
             raise ValueError(f"the pattern does not fit the leaf {name!r}: {error}.") from None
     return results
-
-
-def _uniform(key: jax.Array, leaf: int, shape: tuple[int, ...]) -> jax.Array:
-    """Draw scores for the leaf of an index, the same on any number of devices."""
-    return jax.random.uniform(jax.random.fold_in(key, leaf), shape, jnp.float32)
-
-
-def _kept(size: int, sparsity: float) -> int:
-    """Return how many of ``size`` entries are perturbed."""
-    return round((1 - sparsity) * size)
 
 
 def _check_sparsity(sparsity: Any) -> None:

@@ -161,7 +161,8 @@ def _refreshed(
         new = _selected(rule, state.memory, old, params, jax.random.fold_in(key, step + 1), step)
         trees.check_same_shapes(new, old, "the mask that select returns", "the one in the state", OTHER_STATE)
         new = jax.tree.map(shardings.alike, new, old)
-        return packing.pack_like(new, state.bits), churn(old, new)
+        bits = packing.pack_like(new, state.bits)
+        return bits, packing.churn(state.bits, bits)
 
     return jax.lax.cond(due, refresh, lambda: (state.bits, state.churn))
 
@@ -173,18 +174,6 @@ def _selected(
     selected = rule.select(memory, mask, params, key, step)
     check_mask(selected, params)
     return selected
-
-
-def churn(old: Mask, new: Mask) -> jax.Array:
-    """Return the share of the True entries of ``new`` that are False in ``old``, a float32 scalar.
-
-    Entries of masks that broadcast count once, however many parameters they stand for.
-    """
-    pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new)))
-    zero = jnp.zeros((), jnp.float32)
-    came = sum((jnp.sum(n & ~o, dtype=jnp.float32) for o, n in pairs), start=zero)
-    active = sum((jnp.sum(n, dtype=jnp.float32) for _, n in pairs), start=zero)
-    return jnp.where(active > 0, came / jnp.maximum(active, 1), 0)
 
 
 def _check_memory(rule: MaskRule, state: MaskState, params: Params) -> None:

@@ -1,25 +1,26 @@
-"""Exact selection of the largest scores in a list of arrays that nobody may concatenate.
+"""Exact selection of the largest scores of many arrays, which lie in the rows of one (`rows.Rows`).
 
 The k-th largest of many scores is found by counting, not by sorting. Floats are mapped to
 unsigned integers of the same order, and a bracket ``low <= key < high`` around the answer shrinks
 eightfold with every pass over the data: each pass counts, per array, the keys at or above seven
-pivots. Only those counts leave an array, so arrays may live anywhere and on any number of devices.
-A search over 32-bit keys takes at most 12 passes, and ends as soon as a pivot splits off exactly k.
+pivots. Only those counts leave a device, in one collective a pass, whatever the number of arrays.
+A search over 32-bit keys takes at most 11 passes, and ends as soon as a pivot splits off exactly k.
+Where equal keys are left that cannot all be taken, they are searched once more, by their index: the same
+loop, compiled once.
 """
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssam_jax.masks.counts import LARGEST_LEAF, Count
+from ssam_jax.masks.rows import Rows
+
 PIVOTS = 7
 """Pivots of one pass, a power of two less one: three bits of the answer. More pivots mean fewer
 reads but more comparisons; `benchmarks/selection.py` compares 3, 7 and 15."""
-
-LARGEST_LEAF = 2**31 - 1
-"""Counts within one array are int32; counts over several arrays may exceed it (see `Count`)."""
 
 
 def ordered_keys(scores: jax.Array) -> jax.Array:
@@ -51,256 +52,216 @@ def comparable_keys(scores: list[jax.Array]) -> list[jax.Array]:
     return [ordered_keys(leaf) for leaf in scores]
 
 
-def largest(
-    keys: list[jax.Array],
-    weights: list[int],
-    budget: "Count",
-    *,
-    shared: bool,
-) -> list[jax.Array]:
+class Accounts(NamedTuple):
+    """What is to be selected, with a row for each array and a column for each class of its entries.
+
+    Attributes:
+      candidates: int32, how many entries there are to choose from.
+      weights: what one entry of each array weighs, so that an array weighs less than 2**31.
+      budget: the weight to reach; at most that of all candidates. With unit weights it is the number of
+        entries marked.
+      shared: whether all arrays compete for one budget (every row of ``budget`` is then the same)
+        or each has its own.
+    """
+
+    candidates: jax.Array
+    weights: list[int]
+    budget: Count
+    shared: bool
+
+
+def largest(rows: Rows, keys: jax.Array, accounts: Accounts, second: jax.Array | None = None) -> jax.Array:
     """Mark the entries with the largest keys whose weights together just reach a budget.
 
     Args:
-      keys: unsigned integer arrays of one dtype and any shapes. An entry of key 0 is no candidate.
-      weights: what one entry of each array weighs, so that an array weighs less than 2**31.
-      budget: the weight to reach, for each array a row; at most that of all candidates. With unit
-        weights it is the number of entries marked.
-      shared: whether all arrays compete for one budget (every row of ``budget`` is then the same)
-        or each has its own.
+      rows: what the arrays are.
+      keys: their rows, unsigned integers below the two largest. An entry of key 0 is no candidate.
+      accounts: what to mark.
+      second: rows of bool, True for entries that belong to the second class; None if there is one class.
 
     Returns:
-      bool arrays of the shapes of ``keys``. Among equal keys those in earlier arrays, and within an
-      array those of lower row-major index, are marked first.
+      Rows of bool. Among equal keys those in earlier arrays, and within an array those of lower row-major
+      index, are marked first.
     """
-    if not keys:
-        return []
-    if max(k.size * weight for k, weight in zip(keys, weights)) > LARGEST_LEAF:
-        raise ValueError(
-            f"cannot count in a leaf of more than {LARGEST_LEAF} entries; split it, for instance by layer."
-        )
-    bracket = _search(keys, weights, budget, shared=shared)
-    rows = [(bracket.low[i], bracket.high[i]) for i in range(len(keys))]
-    tied = [(k >= low) & (k < high) for k, (low, high) in zip(keys, rows)]
-    ties = bracket.at_low - bracket.at_high
-    take = _share_out(budget, bracket, ties, weights, shared=shared)
+    mark = most(keys.dtype) - 1
+    weighted = any(weight != 1 for weight in accounts.weights)
+    weights = jnp.array(accounts.weights, jnp.int32)[:, None]
 
-    def break_ties() -> list[jax.Array]:
-        order = [jnp.where(t, _reversed_index(t.shape), jnp.uint32(0)) for t in tied]
-        units = _search(order, [1] * len(keys), Count.of(take), shared=False)
-        return [o >= low for o, low in zip(order, units.low)]
+    def phase(i: jax.Array, carry: tuple[jax.Array, jax.Array, Count, jax.Array]) -> Any:
+        """Search; then make the ties the only keys that differ, in the order in which they are taken."""
+        keys, candidates, budget, more = carry
+        first = i == 0  # the second time, of indices, each array has its own budget, of entries
+        weight = jnp.where(first, weights, 1) if weighted else None
+        shared = first if accounts.shared else None
+        found = _search(_Problem(rows, keys, second, weight, budget, shared), candidates, more)
+        tied = found.at_low - found.at_high
+        take = _share_out(budget, found, tied, weight, shared)
+        low, high = _of_entries(rows, jnp.stack([found.low, found.high], axis=2), second)
+        # The zero is of the loop, and keeps what is made of it out of memory.
+        order = jnp.uint32(LARGEST_LEAF + 1) - rows.index(
+            i
+        )  # the summand keeps it in the loop, out of memory
+        marked = jnp.where(keys >= low, order.astype(keys.dtype), jnp.zeros_like(keys))
+        marked = jnp.where(keys >= high, mark, marked)
+        at_low, at_high = (x if weight is None else lax.div(x, weight) for x in (found.at_low, found.at_high))
+        return marked, at_low, budget.like(at_high + take), jnp.any(at_high + take < at_low)
 
-    weight = jnp.array(weights, jnp.int32)
-    chosen = lax.cond(jnp.any(take * weight < ties), break_ties, lambda: tied)
-    return [(k >= high) | c for k, (_, high), c in zip(keys, rows, chosen)]
+    start = keys, accounts.candidates, accounts.budget, jnp.array(True)
+    return lax.fori_loop(0, 2, phase, start)[0] != 0
 
 
-def largest_in_groups(scores: jax.Array, n: int, m: int, axis: int) -> jax.Array:
-    """Mark the ``n`` largest of every ``m`` consecutive entries along ``axis``.
+def largest_in_groups(keys: jax.Array, n: int, m: int) -> jax.Array:
+    """Mark the ``n`` largest of every ``m`` consecutive entries of each row.
 
     Each entry's rank is counted by comparing it with the ``m`` entries of its group; nothing is
-    sorted and no axis is moved. Among equal scores the lower index is marked first.
+    sorted. Among equal keys the lower index is marked first.
 
     Args:
-      scores: floats of shape (..., size, ...), where ``m`` divides ``size``.
+      keys: integers of shape (rows, width), where ``m`` divides the width.
       n: entries to mark in each group, 0 to ``m``.
       m: entries in a group.
-      axis: the axis along which entries are grouped.
-
-    Returns:
-      A bool array of the shape of ``scores``.
     """
-    axis = axis % scores.ndim
-    grouped = (*scores.shape[:axis], scores.shape[axis] // m, m, *scores.shape[axis + 1 :])
-    keys = ordered_keys(scores).reshape(grouped)
-    index = lax.broadcasted_iota(jnp.int32, grouped, axis + 1)
-    rank = jnp.zeros(grouped, jnp.int32)
+    grouped = keys.reshape(keys.shape[0], keys.shape[1] // m, m)
+    index = lax.broadcasted_iota(jnp.int32, grouped.shape, 2)
+    rank = jnp.zeros(grouped.shape, jnp.int32)
     for j in range(m):
-        other = lax.slice_in_dim(keys, j, j + 1, axis=axis + 1)
-        rank += ((other > keys) | ((other == keys) & (j < index))).astype(jnp.int32)
-    return (rank < n).reshape(scores.shape)
+        other = lax.slice_in_dim(grouped, j, j + 1, axis=2)
+        rank += ((other > grouped) | ((other == grouped) & (j < index))).astype(jnp.int32)
+    return (rank < n).reshape(keys.shape)
 
 
-class Count(NamedTuple):
-    """Non-negative integers as two int32 limbs, ``high * 2**16 + low``, exact up to 2**46.
-
-    Models have more parameters than int32 can count, and 64-bit integers are off by default.
+class _Problem(NamedTuple):
+    """What a search is given.
 
     Attributes:
-      high: int32, the count divided by 2**16.
-      low: int32, the remainder, 0 to 2**16 - 1.
+      rows: what the arrays are.
+      keys: their rows.
+      second: which entries belong to the second class; None if there is one class.
+      weight: of one entry, int32 of shape (arrays, 1); None if all are 1.
+      budget: the weight to reach, of shape (arrays, classes).
+      shared: a bool, whether all arrays have one budget; None if each has its own for certain.
     """
 
-    high: jax.Array
-    low: jax.Array
-
-    @classmethod
-    def of(cls, count: jax.Array) -> "Count":
-        """Split int32 counts of any shape."""
-        return cls(count >> 16, count & 0xFFFF)
-
-    @classmethod
-    def static(cls, counts: list[int]) -> "Count":
-        """Split Python integers, one for each row."""
-        high, low = [c >> 16 for c in counts], [c & 0xFFFF for c in counts]
-        return cls(jnp.array(high, jnp.int32), jnp.array(low, jnp.int32))
-
-    @classmethod
-    def rounded(cls, value: jax.Array) -> "Count":
-        """Split non-negative floats, rounded to the nearest integer, halves to even."""
-        value = jnp.round(value)
-        high = jnp.floor(value / 2**16)
-        return cls(high.astype(jnp.int32), (value - high * 2**16).astype(jnp.int32))
-
-    def total(self) -> "Count":
-        """Add up along the first axis, which is kept, every row holding the sum."""
-        low = jnp.sum(self.low, axis=0, keepdims=True, dtype=jnp.int32)
-        high = jnp.sum(self.high, axis=0, keepdims=True, dtype=jnp.int32) + (low >> 16)
-        return Count(*(jnp.broadcast_to(x, self.low.shape) for x in (high, low & 0xFFFF)))
-
-    def total_before(self) -> "Count":
-        """Add up the rows before each row."""
-        low = jnp.cumsum(self.low, dtype=jnp.int32) - self.low
-        high = jnp.cumsum(self.high, dtype=jnp.int32) - self.high
-        return Count(high + (low >> 16), low & 0xFFFF)
-
-    def plus(self, other: "Count") -> "Count":
-        """Add."""
-        low = self.low + other.low
-        return Count(self.high + other.high + (low >> 16), low & 0xFFFF)
-
-    def minus(self, other: "Count") -> "Count":
-        """Subtract, stopping at 0."""
-        low = self.low - other.low
-        difference = Count(self.high - other.high + (low >> 16), low & 0xFFFF)
-        return Count(*(jnp.where(self.at_least(other), x, 0) for x in difference))
-
-    def at_least(self, other: "Count") -> jax.Array:
-        """Compare entry by entry."""
-        return (self.high > other.high) | ((self.high == other.high) & (self.low >= other.low))
-
-    def clipped(self) -> jax.Array:
-        """Return int32, counts above its range replaced by its largest value."""
-        return jnp.where(self.high < 2**15, self.high * 2**16 + self.low, LARGEST_LEAF)
-
-    def as_float(self) -> jax.Array:
-        """Return float32, rounded."""
-        return self.high.astype(jnp.float32) * 2**16 + self.low.astype(jnp.float32)
-
-    def minimum(self, other: "Count") -> "Count":
-        """Return the smaller, entry by entry."""
-        smaller = other.at_least(self)
-        return Count(*(jnp.where(smaller, a, b) for a, b in zip(self, other)))
+    rows: Rows
+    keys: jax.Array
+    second: jax.Array | None
+    weight: jax.Array | None
+    budget: Count
+    shared: jax.Array | None
 
 
 class _Bracket(NamedTuple):
-    """What is known of each array's threshold, with a row for each array.
+    """What is known of each account's threshold, of shape (arrays, classes).
 
-    The weight at or above ``low`` reaches the budget, that at or above ``high`` does not.
+    The weight at or above ``low`` reaches the budget, that at or above ``high`` does not. ``exact`` says that
+    the former is the budget.
     """
 
     low: jax.Array
     high: jax.Array
     at_low: jax.Array
     at_high: jax.Array
+    exact: jax.Array
 
 
-def _search(keys: list[jax.Array], weights: list[int], budget: Count, *, shared: bool) -> _Bracket:
-    """Shrink the bracket until ``low`` splits off the exact budget or holds a single key."""
-    weight = jnp.array(weights, jnp.int32)
+def _search(problem: _Problem, candidates: jax.Array, more: jax.Array) -> _Bracket:
+    """Shrink the bracket until ``low`` splits off the exact budget or holds a single key.
+
+    Args:
+      problem: what is searched.
+      candidates: the number of all, int32 of shape (arrays, classes).
+      more: a bool, whether there is anything to be found: not if all candidates are wanted.
+    """
+    rows, keys, _, weight, budget, shared = problem
+    dtype, bits = keys.dtype, PIVOTS.bit_length()
 
     def over_arrays(count: jax.Array) -> Count:
-        return Count.of(count).total() if shared else Count.of(count)
+        own = budget.like(count)
+        return own if shared is None else own.where(shared, own.total())
 
-    def open_rows(b: _Bracket) -> jax.Array:
-        exact = budget.at_least(over_arrays(b.at_low))
-        return (b.high - b.low > 1) & ~exact
-
-    def shrink(b: _Bracket) -> _Bracket:
-        width, part = b.high - b.low, jnp.arange(1, PIVOTS + 1, dtype=b.low.dtype)
-        quotient, remainder = width // (PIVOTS + 1), width % (PIVOTS + 1)
-        offset = quotient[:, None] * part[None] + remainder[:, None] * part[None] // (PIVOTS + 1)
-        pivots = b.low[:, None] + offset
-        found = jnp.stack([_count_at_least(k, p) for k, p in zip(keys, pivots)]) * weight[:, None]
-        enough = over_arrays(found).at_least(Count(budget.high[:, None], budget.low[:, None]))
-        # Counts fall as pivots rise, so the best pivot on either side has the best count too.
-        return _Bracket(
-            jnp.maximum(b.low, jnp.max(jnp.where(enough, pivots, 0), axis=1)),
-            jnp.minimum(b.high, jnp.min(jnp.where(enough, b.high[:, None], pivots), axis=1)),
-            jnp.minimum(b.at_low, jnp.min(jnp.where(enough, found, LARGEST_LEAF), axis=1)),
-            jnp.maximum(b.at_high, jnp.max(jnp.where(enough, 0, found), axis=1)),
+    def shrink(carry: tuple[_Bracket, jax.Array]) -> tuple[_Bracket, jax.Array]:
+        b = _Bracket(*(x[..., None] for x in carry[0]))
+        width, part = b.high - b.low, jnp.arange(1, PIVOTS + 1, dtype=dtype)[None, None]
+        offset = (width >> bits) * part + ((width & PIVOTS) * part >> bits)  # 1/8 to 7/8 of the width
+        pivots = b.low + offset
+        found = rows.sums(_count_at_least(problem, pivots))
+        found = found if weight is None else found * weight[..., None]
+        reached = over_arrays(found)
+        wanted = budget.of_pivots()
+        enough = reached.at_least(wanted)
+        # Counts fall as pivots rise: those of the nearest pivot on either side are the nearest.
+        candidates = _Bracket(
+            jnp.where(enough, pivots, b.low),
+            jnp.where(enough, b.high, pivots),
+            jnp.where(enough, found, b.at_low),
+            jnp.where(enough, b.at_high, found),
+            b.exact | (enough & wanted.at_least(reached)),
         )
+        nothing = jnp.zeros((), dtype), most(dtype), jnp.int32(LARGEST_LEAF), jnp.int32(0), jnp.array(False)
+        nearest = _Bracket(*lax.reduce(tuple(candidates), nothing, _nearest, (2,)))
+        return nearest, jnp.any((nearest.high - nearest.low > 1) & ~nearest.exact)
 
-    start = _whole_range(keys, weight, budget, shared=shared)
-    return lax.while_loop(lambda b: jnp.any(open_rows(b)), shrink, start)
-
-
-def _whole_range(keys: list[jax.Array], weight: jax.Array, budget: Count, *, shared: bool) -> _Bracket:
-    """Return the bracket of all candidates, and an empty one where the budget is 0."""
-    least, most, candidates = (jnp.stack(x) for x in zip(*map(_range, keys)))
-    if shared:
-        least = jnp.broadcast_to(jnp.min(least), least.shape)
-        most = jnp.broadcast_to(jnp.max(most), most.shape)
-    nothing = (budget.high == 0) & (budget.low == 0)
-    zero = jnp.zeros_like(candidates)
-    return _Bracket(
-        jnp.where(nothing, most + 1, least),
-        most + 1,
-        jnp.where(nothing, zero, candidates * weight),
-        zero,
+    shape = candidates.shape
+    start = _Bracket(
+        jnp.ones(shape, dtype),
+        jnp.full(shape, most(dtype), dtype),
+        candidates if weight is None else candidates * weight,
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, bool),
     )
+    return lax.while_loop(lambda carry: carry[1], shrink, (start, more))[0]
 
 
-def _range(keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the smallest and the largest non-zero key and how many there are, in one pass."""
-    zero = jnp.zeros((), keys.dtype)
-    top = ~zero
-    return lax.reduce(
-        (jnp.where(keys == 0, top, keys), keys, (keys != 0).astype(jnp.int32)),
-        (top, zero, jnp.int32(0)),
-        lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1]), a[2] + b[2]),
-        tuple(range(keys.ndim)),
-    )
+def _nearest(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    ways = jnp.maximum, jnp.minimum, jnp.minimum, jnp.maximum, jnp.logical_or
+    return tuple(way(x, y) for way, x, y in zip(ways, a, b))
 
 
-def _count_at_least(keys: jax.Array, pivots: jax.Array) -> jax.Array:
-    """Count the keys at or above each pivot, int32 of shape (pivots,), in one pass.
+def most(dtype: Any) -> jax.Array:
+    """Return the largest unsigned integer, which is no key."""
+    return ~jnp.zeros((), dtype)
+
+
+def _of_entries(rows: Rows, by_account: jax.Array, second: jax.Array | None) -> list[jax.Array]:
+    """Return for each of some values by array and class, (arrays, classes, values), those of all entries."""
+    by_row = rows.spread(by_account)
+    found = []
+    for i in range(by_account.shape[2]):
+        value = by_row[:, :1, i]
+        found.append(value if second is None else jnp.where(second, by_row[:, 1:, i], value))
+    return found
+
+
+def _count_at_least(problem: _Problem, pivots: jax.Array) -> jax.Array:
+    """Count each row's keys at or above each pivot, int32 of shape (rows, classes, pivots), in one pass.
 
     One reduction with an operand for each pivot reads the keys once; separate sums read them once
-    each, and XLA's CPU backend vectorises this form alone (`benchmarks/selection.py`).
+    each. Both classes are counted in one number: a row has fewer than 2**16 entries.
     """
-    above = tuple((keys >= pivot).astype(jnp.int32) for pivot in pivots)
+    rows, keys, second, *_ = problem
+    above = [(keys >= p).astype(jnp.int32) for p in _of_entries(rows, pivots, second)]
+    if second is not None:
+        above = [jnp.where(second, one << 16, one) for one in above]
 
     def add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return tuple(x + y for x, y in zip(a, b))
 
-    counts: tuple[jax.Array, ...] = lax.reduce(
-        above, (jnp.int32(0),) * len(above), add, tuple(range(keys.ndim))
-    )
-    return jnp.stack(counts)
+    found = jnp.stack(lax.reduce(tuple(above), (jnp.int32(0),) * len(above), add, (1,)), axis=1)
+    return found[:, None] if second is None else jnp.stack([found & 0xFFFF, found >> 16], axis=1)
 
 
 def _share_out(
-    budget: Count, bracket: _Bracket, ties: jax.Array, weights: list[int], *, shared: bool
+    budget: Count,
+    bracket: _Bracket,
+    ties: jax.Array,
+    weight: jax.Array | None,
+    shared: jax.Array | None,
 ) -> jax.Array:
-    """Return how many tied entries each array may mark, int32 of shape (arrays,), earlier first."""
-    spent = Count.of(bracket.at_high)
-    if shared:
-        spent = spent.total().plus(Count.of(ties).total_before())
-    owed = budget.minus(spent).clipped()
-    return _ceil_div(jnp.minimum(owed, ties), jnp.array(weights, jnp.int32))
-
-
-def _ceil_div(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Divide non-negative int32, rounding up, without overflow."""
-    return a // b + (a % b > 0).astype(jnp.int32)
-
-
-def _reversed_index(shape: tuple[int, ...]) -> jax.Array:
-    """Return ``size - i`` at row-major index ``i``, uint32: a key that is larger for lower indices.
-
-    Built from one iota an axis, so that a sharded array needs no reshape.
-    """
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis, stride in enumerate(math.prod(shape[i + 1 :]) for i in range(len(shape))):
-        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-    return jnp.uint32(math.prod(shape)) - index
+    """Return how many tied entries each account may mark, int32 of shape (arrays, classes), earlier first."""
+    spent = budget.like(bracket.at_high)
+    if shared is not None:
+        spent = spent.where(shared, spent.total().plus(budget.like(ties).total_before()))
+    owed = jnp.minimum(budget.minus(spent).clipped(), ties)
+    if weight is None:
+        return owed
+    return lax.div(owed, weight) + (lax.rem(owed, weight) > 0).astype(jnp.int32)

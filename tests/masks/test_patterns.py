@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ssam_jax import NM, Pattern, Structured, Unstructured
-from ssam_jax.masks import selection
+from ssam_jax.masks import selection, shards, units
+from ssam_jax.masks.rows import Rows
+from ssam_jax.masks.shards import Here, Part
 
 CHANNEL = Structured(0.5, "channel")
 BLOCK = Structured(0.5, "block", block=(2, 2))
@@ -43,19 +45,22 @@ def size(tree):
 def host_selection(monkeypatch):
     """Select on the host by a loop: nothing to compile, so that many shapes can be tried."""
 
-    def largest(keys, weights, budget, *, shared):
-        goals = [int(h) * 2**16 + int(low) for h, low in zip(budget.high, budget.low)]
-        masks = [np.zeros(k.shape, bool) for k in keys]
-        units = [(-int(key), row, i) for row, k in enumerate(keys) for i, key in enumerate(np.ravel(k))]
-        reached = [0] * max(1, len(keys))
-        for _, row, i in sorted(units):
-            account = 0 if shared else row
-            if reached[account] < goals[row]:
-                masks[row].reshape(-1)[i] = True
-                reached[account] += weights[row]
-        return [jnp.asarray(mask) for mask in masks]
+    def largest(layout, keys, accounts, second=None):
+        assert second is None and accounts.budget.high is None
+        goals, flat = np.ravel(accounts.budget.low), np.ravel(keys)
+        owner = np.repeat(np.pad(layout._owner, (0, layout.shape[0] - len(layout._owner))), layout.shape[1])
+        reached, mask = [0] * len(goals), np.zeros(flat.size, bool)
+        for i in np.lexsort((np.arange(flat.size), -flat.astype(np.int64))):
+            account = 0 if accounts.shared else owner[i]
+            if flat[i] and reached[account] < goals[owner[i]]:
+                mask[i] = True
+                reached[account] += accounts.weights[owner[i]]
+        return jnp.asarray(mask.reshape(keys.shape))
 
     monkeypatch.setattr(selection, "largest", largest)
+    monkeypatch.setattr(shards, "_within_shard_map", lambda: True)  # on a device of its own
+    with jax.disable_jit():
+        yield
 
 
 # By hand.
@@ -301,25 +306,31 @@ def test_masks_are_as_small_as_their_units_allow(pattern, shape, host_selection)
 def test_block_masks_are_expanded_and_collapsed_without_loss():
     pattern = Structured(0.5, "block", axis=(0, -1), block=(2, 3))
     shape = (4, 2, 9)
-    units = jnp.asarray(np.random.default_rng(0).random(pattern.unit_shape(shape)) < 0.5)
-    assert units.shape == (2, 2, 3)
-    mask = pattern.expand(units, shape)
-    assert mask.shape == shape
-    np.testing.assert_array_equal(mask, np.kron(units, np.ones((2, 1, 3), bool)))
-    np.testing.assert_array_equal(pattern.collapse(mask), units)
+    unit, part = pattern.units_of(shape), Part.of(shape, None)
+    assert unit.shape == (2, 2, 3) and unit.mask == shape and unit.size == 6
+    chosen = jnp.asarray(np.random.default_rng(0).random(unit.shape) < 0.5)
+    rows = Rows(Here([part], [], ()), [part.coarser(unit.extents)])
+    (mask,) = units.expanded(rows, rows.joined([chosen]), jnp.zeros((1, 1), jnp.uint32), [unit])
+    np.testing.assert_array_equal(mask, np.kron(chosen, np.ones((2, 1, 3), bool)))
+    np.testing.assert_array_equal(units.collapsed(mask, unit, part), chosen)
 
 
 def test_block_scores_are_means_over_tiles():
     scores = np.random.default_rng(0).normal(size=(4, 2, 9)).astype(np.float32)
-    units = Structured(0.5, "block", axis=(0, -1), block=(2, 3)).units(jnp.asarray(scores))
+    means = mean_of_units(Structured(0.5, "block", axis=(0, -1), block=(2, 3)), jnp.asarray(scores))
     expected = scores.reshape(2, 2, 2, 3, 3).mean(axis=(1, 4))
-    np.testing.assert_allclose(units, expected, rtol=1e-5)
+    np.testing.assert_allclose(means, expected, rtol=1e-5)
+
+
+def mean_of_units(pattern, leaf):
+    here = Here([Part.of(leaf.shape, None)], [], ())
+    return units.means(here, [leaf], [pattern.units_of(leaf.shape)])[0]
 
 
 def test_means_of_half_precision_scores_are_taken_in_float32():
     leaf = jnp.ones((4096, 2), jnp.bfloat16)
-    assert CHANNEL.units(leaf).dtype == jnp.float32
-    assert CHANNEL.units(leaf).tolist() == [[1.0, 1.0]]
+    assert mean_of_units(CHANNEL, leaf).dtype == jnp.float32
+    assert mean_of_units(CHANNEL, leaf).tolist() == [[1.0, 1.0]]
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), ()])

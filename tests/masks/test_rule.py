@@ -24,7 +24,7 @@ from ssam_jax import (
     ssam,
 )
 from ssam_jax.masks import rule as masks
-from ssam_jax.masks.rule import churn
+from ssam_jax.masks.packing import churn
 
 HALF = Unstructured(0.5)
 PARAMS = {"bias": jnp.arange(4.0), "kernel": -jnp.arange(12.0).reshape(3, 4)}

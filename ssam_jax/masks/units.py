@@ -1,0 +1,190 @@
+"""Masks of units: how the entries of a leaf form units, and which of them are the best or are drawn."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ssam_jax._base import trees
+from ssam_jax.masks import selection
+from ssam_jax.masks.counts import LARGEST_LEAF, Count
+from ssam_jax.masks.rows import Rows
+from ssam_jax.masks.shards import Here, Lie, Part, Shape, by_part
+
+
+class Units(NamedTuple):
+    """How the entries of a leaf form units.
+
+    Attributes:
+      whole: the leaf's shape.
+      extents: how far a unit reaches along each axis.
+      mask: the shape of a mask: the leaf's, or that of the units, or a scalar's for a single one.
+    """
+
+    whole: Shape
+    extents: Shape
+    mask: Shape
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of an array of the units, an axis for each of the leaf's."""
+        return tuple(-(-size // extent) for size, extent in zip(self.whole, self.extents))
+
+    @property
+    def size(self) -> int:
+        """How many entries a unit has."""
+        return max(1, math.prod(self.extents))
+
+    @property
+    def tiles(self) -> Shape:
+        """How far a unit reaches in a mask."""
+        return self.extents if self.mask == self.whole else (1,) * len(self.mask)
+
+    def lie(self) -> Lie:
+        """Return how the leaf is to lie: with whole units on a device, but for those as long as an axis."""
+        grain = (1 if extent == size else extent for extent, size in zip(self.extents, self.whole))
+        return Lie(self.whole, None, tuple(grain))
+
+
+def best(leaves: list[jax.Array], units: list[Units], sparsity: float, *, shared: bool) -> list[jax.Array]:
+    """Return masks of the units with the best mean scores."""
+    if not leaves:
+        return []
+    check_countable(units)
+
+    def local(here: Here, leaves: list[jax.Array]) -> list[jax.Array]:
+        rows = Rows(here, [part.coarser(u.extents) for part, u in zip(here.inputs, units)])
+        keys = keys_of(rows, means(here, leaves, units))
+        return _chosen(rows, keys, units, _accounts(units, sparsity, shared=shared))
+
+    inputs = [u.lie() for u in units]
+    outputs = [Lie(u.mask, i) for i, u in enumerate(units)]
+    return by_part(local, leaves, inputs, outputs)
+
+
+def drawn(key: jax.Array, units: list[Units], sparsity: float, *, shared: bool) -> list[jax.Array]:
+    """Return masks of random units."""
+    if not units:
+        return []
+    check_countable(units)
+
+    def local(here: Here, leaves: list[jax.Array], key_data: jax.Array) -> list[jax.Array]:
+        del leaves
+        rows = Rows(here, [part.coarser(u.tiles) for part, u in zip(here.outputs, units)])
+        return _chosen(rows, random_keys(rows, key_data), units, _accounts(units, sparsity, shared=shared))
+
+    outputs = [Lie(u.mask, None, u.tiles) for u in units]
+    return by_part(local, [], [], outputs, jax.random.key_data(key))
+
+
+def check_countable(units: Sequence[Units]) -> None:
+    """Raise ValueError if a leaf has too many entries."""
+    if max(math.prod(u.whole) for u in units) > LARGEST_LEAF:
+        raise ValueError(
+            f"cannot count in a leaf of more than {LARGEST_LEAF} entries; split it, for instance by layer."
+        )
+
+
+def _chosen(rows: Rows, keys: jax.Array, units: list[Units], accounts: selection.Accounts) -> list[jax.Array]:
+    return expanded(rows, selection.largest(rows, keys, accounts), keys, units)
+
+
+def _accounts(units: list[Units], sparsity: float, *, shared: bool) -> selection.Accounts:
+    sizes = [math.prod(u.whole) for u in units]
+    kept = [round((1 - sparsity) * size) for size in ([sum(sizes)] * len(sizes) if shared else sizes)]
+    candidates = jnp.array([[math.prod(u.shape)] for u in units], jnp.int32)
+    budget = Count.static([[count] for count in kept], sum(sizes))
+    return selection.Accounts(candidates, [u.size for u in units], budget, shared)
+
+
+def keys_of(rows: Rows, scores: list[jax.Array]) -> jax.Array:
+    """Return the rows of the keys of scores, 0 where they are padded."""
+    keys = unpadded_keys(rows, scores)
+    return jnp.where(rows.filled(), keys, jnp.zeros_like(keys))
+
+
+def unpadded_keys(rows: Rows, scores: list[jax.Array]) -> jax.Array:
+    """Return the rows of the keys of scores, any keys where they are padded."""
+    if len({score.dtype for score in scores}) == 1:
+        return selection.ordered_keys(rows.joined(scores))
+    return rows.joined(selection.comparable_keys(scores))
+
+
+def witness(keys: jax.Array) -> jax.Array:
+    """Return a True that the compiler does not know: no key is the largest integer."""
+    if not keys.size:
+        return jnp.array(True)
+    return keys[0, 0] != selection.most(keys.dtype)
+
+
+def random_keys(rows: Rows, key_data: jax.Array) -> jax.Array:
+    """Return rows of random keys, 0 where they are padded."""
+    keys = jnp.clip(rows.bits(key_data), jnp.uint32(1), jnp.uint32(2**32 - 3))
+    return jnp.where(rows.filled(), keys, jnp.uint32(0))
+
+
+def means(here: Here, leaves: list[jax.Array], units: Sequence[Units]) -> list[jax.Array]:
+    """Return the mean score of each unit of which a device holds entries; entries are left as they are.
+
+    Units spread over devices are added up in one sum over all of them.
+    """
+    spread = [
+        any(part.local[axis] < extent for axis, extent in enumerate(u.extents))
+        for part, u in zip(here.inputs, units)
+    ]
+    found = [_mean(leaf, u, spread=s) for leaf, u, s in zip(leaves, units, spread)]
+    open_sums = [i for i, s in enumerate(spread) if s]
+    if open_sums:
+        wide = trees.wide_dtype(*(found[i] for i in open_sums))
+        sums = [_in_its_place(here, here.inputs[i], units[i], found[i].astype(wide)) for i in open_sums]
+        total = here.total(jnp.concatenate([x.reshape(-1) for x in sums]))
+        ends = 0
+        for i, x in zip(open_sums, sums):
+            whole = total[ends : ends + x.size].reshape(x.shape)
+            part = here.inputs[i].coarser(units[i].extents)
+            mine = lax.dynamic_slice(whole, list(here.mine(part.starts)), part.local)
+            found[i] = (mine / units[i].size).astype(found[i].dtype)
+            ends += x.size
+    return found
+
+
+def _mean(leaf: jax.Array, unit: Units, *, spread: bool) -> jax.Array:
+    """Return the mean of each unit, or their sums where other devices hold the rest."""
+    if unit.size == 1:
+        return leaf
+    leaf = trees.widened(leaf)
+    reach = [min(extent, size) for extent, size in zip(unit.extents, leaf.shape)]
+    split = [n for size, extent in zip(leaf.shape, reach) for n in (size // extent, extent)]
+    within = tuple(range(1, len(split), 2))
+    tiles = leaf.reshape(split)
+    return jnp.sum(tiles, axis=within) if spread else jnp.mean(tiles, axis=within)
+
+
+def _in_its_place(here: Here, part: Part, unit: Units, sums: jax.Array) -> jax.Array:
+    """Return an array of all units of a leaf that is zero but for a device's own; a copy counts once."""
+    own = jnp.where(here.mine(part.first()), sums, jnp.zeros_like(sums))
+    starts = list(here.mine(part.coarser(unit.extents).starts))
+    return lax.dynamic_update_slice(jnp.zeros(unit.shape, sums.dtype), own, starts)
+
+
+def expanded(rows: Rows, chosen: jax.Array, keys: jax.Array, units: Sequence[Units]) -> list[jax.Array]:
+    """Return a device's parts of the masks that keep the units chosen."""
+    found = []
+    for mask, u in zip(rows.parted(chosen, witness(keys)), units):
+        if not u.mask:
+            mask = mask.reshape(())
+        elif u.mask == u.whole:
+            for axis, extent in enumerate(u.extents):
+                mask = jnp.repeat(mask, extent, axis=axis) if extent > 1 else mask
+        found.append(mask)
+    return found
+
+
+def collapsed(mask: jax.Array, unit: Units, part: Part) -> jax.Array:
+    """Return which units a device's part of a mask keeps."""
+    if unit.mask == unit.whole and unit.size > 1:
+        return lax.slice(mask, (0,) * mask.ndim, mask.shape, unit.extents)
+    return mask.reshape(part.coarser(unit.extents).local)

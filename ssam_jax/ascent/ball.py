@@ -73,14 +73,25 @@ def step(
     if scale is not None:
         direction = jax.tree.map(jnp.multiply, direction, scale)
     masked = direction if mask is None else jax.tree.map(apply_mask, mask, direction)
-    norms = _norms(masked if normalize == "masked" else direction, by_leaf=normalize == "leaf")
+    measured = masked if normalize == "masked" else direction
+    if normalize == "leaf":
+        factors = jax.tree.map(lambda d: _factor(rho, trees.global_norm(d)), measured)
+    else:
+        factor = _factor(rho, trees.global_norm(measured))  # once: a kernel for each leaf would repeat it
+        factors = jax.tree.map(lambda _: factor, measured)
+    return jax.tree.map(_scaled, masked, factors)
 
-    def of_length_rho(d: jax.Array, norm: jax.Array) -> jax.Array:
-        usable = jnp.isfinite(norm) & (norm > 0)
-        factor = jnp.asarray(rho, norm.dtype) / jnp.where(usable, norm, 1)
-        return jnp.where(usable, factor * d.astype(norm.dtype), 0).astype(d.dtype)
 
-    return jax.tree.map(of_length_rho, masked, norms)
+def _factor(rho: Scalar, norm: jax.Array) -> jax.Array:
+    """Return ``rho / norm``, and 0 for a norm that is 0 or not finite."""
+    usable = jnp.isfinite(norm) & (norm > 0)
+    # A division at the end, which compilers do once; what is cheaper they repeat in the kernel of each leaf.
+    return jnp.asarray(rho, norm.dtype) / jnp.where(usable, norm, jnp.inf)
+
+
+def _scaled(direction: jax.Array, factor: jax.Array) -> jax.Array:
+    """Return a leaf times a factor; zeros for a factor of 0, whatever the leaf holds."""
+    return jnp.where(factor > 0, factor * direction.astype(factor.dtype), 0).astype(direction.dtype)
 
 
 def displaced(params: Params, away: Params, scale: Params | None = None) -> Params:
@@ -98,14 +109,6 @@ def projected(away: Params, rho: Scalar) -> Params:
 def scales(params: Params) -> Params:
     """Return T for each leaf, ASAM's."""
     return trees.map_with_path(asam_scale, params)
-
-
-def _norms(tree: Gradients, *, by_leaf: bool) -> Gradients:
-    """Return for each leaf the norm to divide it by: its own, or that of the tree."""
-    if by_leaf:
-        return jax.tree.map(trees.global_norm, tree)
-    norm = trees.global_norm(tree)
-    return jax.tree.map(lambda _: norm, tree)
 
 
 def apply_mask(mask: jax.Array, grad: jax.Array) -> jax.Array:

@@ -1,32 +1,38 @@
-"""The first, random mask, drawn where the parameters lie."""
+"""The first mask of most rules: random, and where the parameters lie from the first step on."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from ssam_jax._base import shardings
+from ssam_jax.masks import packing
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.typing import Mask, Params
 
 
-def random_first(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
-    """Return a random mask that obeys the pattern and lies where the parameters do."""
+def random_bits(pattern: Pattern, key: jax.Array, params: Params, *, packed: bool) -> Mask:
+    """Return a random mask that obeys a pattern, its long leaves packed if asked for."""
     leaves, treedef = jax.tree.flatten(params)
     if any(isinstance(leaf, jax.core.Tracer) or shardings.explicit(leaf) for leaf in leaves):
-        return _draw_like(pattern, key, params)
+        return _draw_like(pattern, packed, key, params)
     shapes = tuple(jnp.shape(leaf) for leaf in leaves)
     placed = tuple(shardings.concrete(leaf) for leaf in leaves)
     if len({frozenset(s.device_set) for s in placed if s is not None}) > 1:  # no program spans them
-        mask = _draw(pattern, treedef, tuple((shape, None) for shape in shapes), key)
-        return jax.tree.map(shardings.alike, mask, params)
-    return _draw(pattern, treedef, tuple(zip(shapes, placed)), key)
+        mask = _draw(pattern, treedef, tuple((shape, None) for shape in shapes), False, key)
+        mask = jax.tree.map(shardings.alike, mask, params)
+        return packing.pack(mask) if packed else mask
+    return _draw(pattern, treedef, tuple(zip(shapes, placed)), packed, key)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _draw(
-    pattern: Pattern, treedef: Any, placed: tuple[tuple[tuple[int, ...], Any], ...], key: jax.Array
+    pattern: Pattern,
+    treedef: jax.tree_util.PyTreeDef,
+    placed: tuple[tuple[tuple[int, ...], Sharding | None], ...],
+    packed: bool,
+    key: jax.Array,
 ) -> Mask:
     """Draw under ``jit``: op by op, ``init`` would compile every operation, and fill one device first."""
     params = treedef.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in placed])
@@ -35,9 +41,11 @@ def _draw(
         m if sharding is None else shardings.constrained(m, sharding, shape)
         for m, (shape, sharding) in zip(treedef.flatten_up_to(mask), placed)
     ]
-    return treedef.unflatten(leaves)
+    mask = treedef.unflatten(leaves)
+    return packing.pack(mask) if packed else mask
 
 
-@functools.partial(jax.jit, static_argnums=0, keep_unused=True)
-def _draw_like(pattern: Pattern, key: jax.Array, params: Params) -> Mask:
-    return pattern.random(key, params)
+@functools.partial(jax.jit, static_argnums=(0, 1), keep_unused=True)
+def _draw_like(pattern: Pattern, packed: bool, key: jax.Array, params: Params) -> Mask:
+    mask = jax.tree.map(shardings.alike, pattern.random(key, params), params)
+    return packing.pack(mask) if packed else mask

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings
 from ssam_jax.masks import trading
-from ssam_jax.masks.drawing import random_first
 from ssam_jax.masks.fitting import check_pattern
 from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern
 from ssam_jax.masks.rule import MaskRule
@@ -79,15 +78,15 @@ def dynamic_mask(
         return descent_grads
 
     def select(grads: Gradients, mask: Mask | None, params: Params, key: jax.Array, step: jax.Array) -> Mask:
-        if mask is None:
-            return random_first(pattern, key, params)
         return shardings.computed_like(params, traded, key, mask, grads, fraction(step))
 
     def traded(params: Params, key: jax.Array, mask: Mask, grads: Gradients, share: jax.Array) -> Mask:
         scores = {"gradient": grads, "weight": params, "random": None}
         return trading.traded(units, mask, params, scores[drop], scores[grow], share, key)
 
-    return MaskRule(None, observe, select, refresh_every, seed=seed, packed=packed, keeps_memory=False)
+    return MaskRule(
+        None, observe, select, refresh_every, seed=seed, packed=packed, keeps_memory=False, first=pattern
+    )
 
 
 def _drop_schedule(drop_fraction: float | Schedule, total_steps: int | None) -> Schedule:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings, trees
-from ssam_jax.masks.drawing import random_first
 from ssam_jax.masks.fitting import check_pattern
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.masks.rule import MaskRule
@@ -76,12 +75,12 @@ def fisher_mask(
         return jnp.where(jnp.isfinite(square), mean, past).astype(score.dtype)
 
     def select(scores: Scores, mask: Mask | None, params: Params, key: jax.Array, step: jax.Array) -> Mask:
-        del step
-        return random_first(pattern, key, params) if mask is None else pattern(scores)
+        del mask, params, key, step
+        return pattern(scores)
 
     if refresh_every is None:
-        return MaskRule(select=select, seed=seed, packed=packed)
-    return MaskRule(init, observe, select, refresh_every, seed=seed, packed=packed)
+        return MaskRule(select=select, seed=seed, packed=packed, first=pattern)
+    return MaskRule(init, observe, select, refresh_every, seed=seed, packed=packed, first=pattern)
 
 
 def empirical_fisher(

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from ssam_jax._base import checks, trees
-from ssam_jax.masks.drawing import random_first
 from ssam_jax.masks.fitting import check_bools, check_pattern
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.masks.rule import MaskRule
@@ -65,10 +64,10 @@ def random_mask(
     check_pattern(pattern)
 
     def select(memory: PyTree, mask: Mask | None, params: Params, key: jax.Array, step: jax.Array) -> Mask:
-        del memory, step
-        return random_first(pattern, key, params) if mask is None else pattern.random(key, params)
+        del memory, mask, step
+        return pattern.random(key, params)
 
-    return MaskRule(select=select, refresh_every=refresh_every, seed=seed, packed=packed)
+    return MaskRule(select=select, refresh_every=refresh_every, seed=seed, packed=packed, first=pattern)
 
 
 def _check_choice(choice: Mask | Callable[[str], bool]) -> None:

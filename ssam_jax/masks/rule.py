@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings, trees
 from ssam_jax.masks import packing
-from ssam_jax.masks.fitting import OTHER_STATE, check_mask
+from ssam_jax.masks.drawing import random_bits
+from ssam_jax.masks.fitting import OTHER_STATE, check_mask, check_pattern
+from ssam_jax.masks.patterns import Pattern
 from ssam_jax.typing import Gradients, Mask, Params, PyTree
 
 Init: TypeAlias = Callable[[Params], PyTree]
@@ -48,6 +50,8 @@ class MaskRule:
         ``init`` with ``mask=None`` and ``step=0``. A mask is a pytree of bool arrays of the structure of the
         parameters, True where perturbed, whose leaves broadcast against them. ``key`` is a typed PRNG key,
         another one at every call.
+      first: a pattern, of which the first mask is a random one, so that ``select`` is called on refresh steps
+        alone. None asks ``select`` for the first mask too.
       refresh_every: select a new mask at the end of every so many steps; None keeps the first, which
         `set_mask` can replace.
       seed: an integer, Python's or a traced scalar (to ``vmap`` over seeds), from which keys are made.
@@ -70,6 +74,7 @@ class MaskRule:
     seed: int | jax.Array = 0
     packed: bool = True
     keeps_memory: bool = True
+    first: Pattern | None = None
 
     def __post_init__(self) -> None:
         for name, optional in (("init", True), ("observe", True), ("select", False)):
@@ -81,6 +86,8 @@ class MaskRule:
         checks.seed(self.seed)
         checks.flag("packed", self.packed)
         checks.flag("keeps_memory", self.keeps_memory)
+        if self.first is not None:
+            check_pattern(self.first)
 
 
 class MaskState(NamedTuple):
@@ -109,9 +116,12 @@ def init(rule: MaskRule, params: Params) -> MaskState:
     """Return the state before the first step; its mask already obeys the rule."""
     key = jax.random.key(rule.seed)
     memory = () if rule.init is None else rule.init(params)
-    mask = _selected(rule, memory, None, params, key, jnp.zeros((), jnp.int32))
-    mask = jax.tree.map(shardings.alike, mask, params)
-    bits = packing.pack(mask) if rule.packed else mask
+    if rule.first is not None:
+        bits = random_bits(rule.first, key, params, packed=rule.packed)
+    else:
+        mask = _selected(rule, memory, None, params, key, jnp.zeros((), jnp.int32))
+        mask = jax.tree.map(shardings.alike, mask, params)
+        bits = packing.pack(mask) if rule.packed else mask
     # Key data is plain uint32, which every checkpoint format can hold.
     return MaskState(bits, jnp.zeros((), jnp.float32), jax.random.key_data(key), memory)
 

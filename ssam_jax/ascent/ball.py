@@ -91,7 +91,7 @@ def _factor(rho: Scalar, norm: jax.Array) -> jax.Array:
 
 def _scaled(direction: jax.Array, factor: jax.Array) -> jax.Array:
     """Return a leaf times a factor; zeros for a factor of 0, whatever the leaf holds."""
-    return jnp.where(factor > 0, factor * direction.astype(factor.dtype), 0).astype(direction.dtype)
+    return jnp.where(factor != 0, factor * direction.astype(factor.dtype), 0).astype(direction.dtype)
 
 
 def displaced(params: Params, away: Params, scale: Params | None = None) -> Params:

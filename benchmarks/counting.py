@@ -130,6 +130,8 @@ def instruction_of(text: str) -> Instruction:
     """Parse what follows the equals sign: shape, opcode, operands, attributes."""
     shape, rest = split_parenthesis(text) if text.startswith("(") else text.split(" ", 1)
     opcode, rest = rest.strip().split("(", 1)
+    if opcode == "dot" and re.match(r"[su]\d", shape):  # whose factors are integers, as in a sum of counts
+        opcode = "integer dot"
     operands, attributes = split_parenthesis("(" + rest)
     typed = re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", shape)
     shapes = [tuple(int(size) for size in sizes.split(",") if size) for _, _, sizes in typed]

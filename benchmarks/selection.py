@@ -95,12 +95,19 @@ def two_of_four(size: int, config: Config) -> Times:
     return timed(fast, slow, config.repeats)
 
 
+def in_one_reduction(keys: jax.Array, pivots: jax.Array) -> jax.Array:
+    """Count each row's keys at or above each pivot as the search does."""
+    above = tuple((keys >= pivot).astype(jnp.int32) for pivot in pivots)
+    nothing = (jnp.int32(0),) * len(above)
+    return jnp.stack(lax.reduce(above, nothing, lambda a, b: tuple(x + y for x, y in zip(a, b)), (1,)))
+
+
 def design(config: Config) -> dict[str, Times]:
     """Show what the search is built on: pivots a pass, and one reduction in place of several."""
-    keys = jax.random.bits(jax.random.key(2), (10, config.design // 10), jnp.uint32)
+    keys = jax.random.bits(jax.random.key(2), (config.design // 1000, 1000), jnp.uint32)
     pivots = jnp.arange(1, 8, dtype=jnp.uint32) * jnp.uint32(2**29)
-    one_reduction = jax.jit(selection._count_at_least)
-    seven_sums = jax.jit(lambda k, ps: jnp.stack([jnp.sum(k >= p, dtype=jnp.int32) for p in ps]))
+    one_reduction = jax.jit(in_one_reduction)
+    seven_sums = jax.jit(lambda k, ps: jnp.stack([jnp.sum(k >= p, axis=1, dtype=jnp.int32) for p in ps]))
     counting = {
         "one reduction of seven operands": lambda: one_reduction(keys, pivots),
         "seven sums": lambda: seven_sums(keys, pivots),

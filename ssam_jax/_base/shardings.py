@@ -54,7 +54,7 @@ def alike(x: jax.Array, param: Any) -> jax.Array:
         return reshard(x, part(typed, x.shape, param.shape))
     if placed is not None:
         return constrained(x, placed, param.shape)
-    if isinstance(param, jax.core.Tracer) and x.shape == param.shape:
+    if isinstance(param, jax.core.Tracer) and x.shape == param.shape and jax.device_count() > 1:
         return shard_alike(x, param)[0]
     return x
 

@@ -1,6 +1,5 @@
 """Exact counts of more than int32 can hold."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,22 +51,14 @@ class Count(NamedTuple):
 
     def total(self) -> "Count":
         """Add up along the first axis, which is kept, every row holding the sum."""
+        return self.summed(jnp.ones((len(self.low), len(self.low)), jnp.int32))
 
-        def add(x: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(jnp.sum(x, axis=0, keepdims=True, dtype=jnp.int32), x.shape)
-
-        return self._summed(add)
-
-    def total_before(self) -> "Count":
-        """Add up the rows before each row."""
-        # A sum of all rows before each, where a running one would be a kernel for each power of two.
-        rows = len(self.low)
-        before = jnp.asarray(np.tri(rows, k=-1, dtype=bool)).reshape(rows, rows, *[1] * (self.low.ndim - 1))
-        return self._summed(lambda x: jnp.sum(jnp.where(before, x[None], 0), axis=1, dtype=jnp.int32))
-
-    def _summed(self, add: Callable[[jax.Array], jax.Array]) -> "Count":
-        low = add(self.low)
-        return Count(None, low) if self.high is None else Count(add(self.high) + (low >> 16), low & 0xFFFF)
+    def summed(self, matrix: jax.Array) -> "Count":
+        """Add up rows: as the product with a matrix of 0 and 1, which needs no kernel of its own."""
+        low = jnp.tensordot(matrix, self.low, axes=1)
+        if self.high is None:
+            return Count(None, low)
+        return Count(jnp.tensordot(matrix, self.high, axes=1) + (low >> 16), low & 0xFFFF)
 
     def plus(self, other: "Count") -> "Count":
         """Add."""

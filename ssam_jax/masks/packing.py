@@ -100,14 +100,16 @@ def _came_and_active(old: Mask, new: Mask) -> jax.Array:
 
 def _bytes(here: Here, parts: list[jax.Array], first: int, last: int) -> jax.Array:
     """Return rows of the bytes of some leaves, zeros for what another device counts."""
-    found = []
+    words: dict[Any, list[jax.Array]] = {}
     for part, leaf in zip(here.inputs[first:last], parts[first:last]):
         mine = part.first()
         kept = leaf if mine.all() else jnp.where(here.mine(mine), leaf, jnp.zeros_like(leaf))
-        whole = kept.astype(jnp.uint8) if _bits(kept) == 1 else lax.bitcast_convert_type(kept, jnp.uint8)
-        found.append(whole.reshape(-1))
+        words.setdefault(leaf.dtype, []).append(kept.reshape(-1))
+    joined = [jnp.concatenate(words[kind]) for kind in sorted(words, key=str)]
+    found = [x.astype(jnp.uint8) if _bits(x) == 1 else lax.bitcast_convert_type(x, jnp.uint8) for x in joined]
     size = sum(x.size for x in found)
-    return jnp.concatenate([*found, jnp.zeros(-size % WIDTH, jnp.uint8)]).reshape(-1, WIDTH)
+    padding = jnp.zeros(-size % WIDTH, jnp.uint8)
+    return jnp.concatenate([*(x.reshape(-1) for x in found), padding]).reshape(-1, WIDTH)
 
 
 def word_bits(shape: Sequence[int]) -> int:
@@ -173,7 +175,7 @@ def _entries(leaf: jax.Array) -> jax.Array:
     bits = _bits(leaf)
     axis = leaf.ndim + AXES[bits]
     words = jnp.expand_dims(leaf, axis + 1)
-    split = (words >> _positions(bits, words.ndim)) & jnp.ones((1,) * words.ndim, leaf.dtype)
+    split = words & (jnp.ones((), leaf.dtype) << _positions(bits, words.ndim))
     return (split != 0).reshape(*leaf.shape[:axis], leaf.shape[axis] * bits, *leaf.shape[axis + 1 :])
 
 

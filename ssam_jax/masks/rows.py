@@ -70,8 +70,8 @@ class Rows:
         """
         if not self.shape[0]:
             return [jnp.zeros(part.local, x.dtype) for part in self._parts]
-        starts = tuple(self._firsts)
-        nowhere = tuple(np.int32(0) for _ in starts)
+        starts = tuple(self._firsts.astype(np.uint32))  # which may not be negative, and need no test of it
+        nowhere = tuple(np.uint32(0) for _ in starts)
         hidden, x = lax.cond(witness, lambda x: (starts, x), lambda x: (nowhere, ~x), x)
         found = []
         for start, size, part in zip(hidden, self.sizes, self._parts):

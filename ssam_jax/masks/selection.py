@@ -92,15 +92,13 @@ def largest(rows: Rows, keys: jax.Array, accounts: Accounts, second: jax.Array |
         keys, candidates, budget, more = carry
         first = i == 0  # the second time, of indices, each array has its own budget, of entries
         weight = jnp.where(first, weights, 1) if weighted else None
-        shared = first if accounts.shared else None
+        shared = _Shared.of(len(accounts.weights), first) if accounts.shared else None
         found = _search(_Problem(rows, keys, second, weight, budget, shared), candidates, more)
         tied = found.at_low - found.at_high
         take = _share_out(budget, found, tied, weight, shared)
         low, high = _of_entries(rows, jnp.stack([found.low, found.high], axis=2), second)
         # The zero is of the loop, and keeps what is made of it out of memory.
-        order = jnp.uint32(LARGEST_LEAF + 1) - rows.index(
-            i
-        )  # the summand keeps it in the loop, out of memory
+        order = jnp.uint32(LARGEST_LEAF + 1) - rows.index(i)
         marked = jnp.where(keys >= low, order.astype(keys.dtype), jnp.zeros_like(keys))
         marked = jnp.where(keys >= high, mark, marked)
         at_low, at_high = (x if weight is None else lax.div(x, weight) for x in (found.at_low, found.at_high))
@@ -130,6 +128,26 @@ def largest_in_groups(keys: jax.Array, n: int, m: int) -> jax.Array:
     return (rank < n).reshape(keys.shape)
 
 
+class _Shared(NamedTuple):
+    """Which arrays compete for one budget, as matrices by which counts are added up.
+
+    Attributes:
+      everywhere: int32 of shape (arrays, arrays), 1 for those that compete, an array with itself too.
+      before: 1 for those that compete, where the second comes before the first.
+    """
+
+    everywhere: jax.Array
+    before: jax.Array
+
+    @classmethod
+    def of(cls, arrays: int, together: jax.Array) -> "_Shared":
+        """Return that all arrays compete, or none."""
+        row, column = (lax.broadcasted_iota(jnp.int32, (arrays, arrays), axis) for axis in (0, 1))
+        return cls(
+            ((row == column) | together).astype(jnp.int32), ((column < row) & together).astype(jnp.int32)
+        )
+
+
 class _Problem(NamedTuple):
     """What a search is given.
 
@@ -139,7 +157,7 @@ class _Problem(NamedTuple):
       second: which entries belong to the second class; None if there is one class.
       weight: of one entry, int32 of shape (arrays, 1); None if all are 1.
       budget: the weight to reach, of shape (arrays, classes).
-      shared: a bool, whether all arrays have one budget; None if each has its own for certain.
+      shared: which arrays have one budget; None if each has its own.
     """
 
     rows: Rows
@@ -147,7 +165,7 @@ class _Problem(NamedTuple):
     second: jax.Array | None
     weight: jax.Array | None
     budget: Count
-    shared: jax.Array | None
+    shared: _Shared | None
 
 
 class _Bracket(NamedTuple):
@@ -177,7 +195,7 @@ def _search(problem: _Problem, candidates: jax.Array, more: jax.Array) -> _Brack
 
     def over_arrays(count: jax.Array) -> Count:
         own = budget.like(count)
-        return own if shared is None else own.where(shared, own.total())
+        return own if shared is None else own.summed(shared.everywhere)
 
     def shrink(carry: tuple[_Bracket, jax.Array]) -> tuple[_Bracket, jax.Array]:
         b = _Bracket(*(x[..., None] for x in carry[0]))
@@ -255,12 +273,12 @@ def _share_out(
     bracket: _Bracket,
     ties: jax.Array,
     weight: jax.Array | None,
-    shared: jax.Array | None,
+    shared: "_Shared | None",
 ) -> jax.Array:
     """Return how many tied entries each account may mark, int32 of shape (arrays, classes), earlier first."""
     spent = budget.like(bracket.at_high)
     if shared is not None:
-        spent = spent.where(shared, spent.total().plus(budget.like(ties).total_before()))
+        spent = spent.summed(shared.everywhere).plus(budget.like(ties).summed(shared.before))
     owed = jnp.minimum(budget.minus(spent).clipped(), ties)
     if weight is None:
         return owed

@@ -70,7 +70,8 @@ def traded(
 
 
 def _keys(here: Here, rows: Rows, leaves: list[jax.Array], each: list[Units]) -> jax.Array:
-    return units.keys_of(rows, units.means(here, [jnp.abs(leaf) for leaf in leaves], each))
+    sizes = [leaf if u.size == 1 else jnp.abs(leaf) for leaf, u in zip(leaves, each)]
+    return units.keys_of(rows, units.means(here, sizes, each), sizes=True)
 
 
 def _of_one_dtype(keep: jax.Array, grow: jax.Array) -> tuple[jax.Array, jax.Array]:

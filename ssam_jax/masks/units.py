@@ -100,17 +100,18 @@ def _accounts(units: list[Units], sparsity: float, *, shared: bool) -> selection
     return selection.Accounts(candidates, [u.size for u in units], budget, shared)
 
 
-def keys_of(rows: Rows, scores: list[jax.Array]) -> jax.Array:
-    """Return the rows of the keys of scores, 0 where they are padded."""
-    keys = unpadded_keys(rows, scores)
+def keys_of(rows: Rows, scores: list[jax.Array], *, sizes: bool = False) -> jax.Array:
+    """Return the rows of the keys of scores, or of their sizes, 0 where they are padded."""
+    keys = unpadded_keys(rows, scores, sizes=sizes)
     return jnp.where(rows.filled(), keys, jnp.zeros_like(keys))
 
 
-def unpadded_keys(rows: Rows, scores: list[jax.Array]) -> jax.Array:
-    """Return the rows of the keys of scores, any keys where they are padded."""
+def unpadded_keys(rows: Rows, scores: list[jax.Array], *, sizes: bool = False) -> jax.Array:
+    """Return the rows of the keys of scores, or of their sizes, any keys where they are padded."""
     if len({score.dtype for score in scores}) == 1:
-        return selection.ordered_keys(rows.joined(scores))
-    return rows.joined(selection.comparable_keys(scores))
+        joined = rows.joined(scores)
+        return selection.ordered_keys(jnp.abs(joined) if sizes else joined)
+    return rows.joined(selection.comparable_keys([jnp.abs(x) for x in scores] if sizes else scores))
 
 
 def witness(keys: jax.Array) -> jax.Array:

@@ -20,6 +20,9 @@ import ssam_jax.nnx
 from ssam_jax import NM, Unstructured, carried, carried_eval_params, directions
 
 STEPS = 5
+HALF = ssam_jax.random_mask(
+    Unstructured(0.5)
+)  # a refresh adds up its counts as products, of no weight of the network
 FISHER = ssam_jax.fisher_mask(Unstructured(0.5), refresh_every=2)
 
 
@@ -131,8 +134,8 @@ def products(tx):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mask": FISHER}, {"direction": directions.base_momentum()}],
-    ids=["", "fisher", "momentum"],
+    [{}, {"mask": HALF}, {"direction": directions.base_momentum()}],
+    ids=["", "mask", "momentum"],
 )
 def test_a_compiled_step_has_the_products_of_the_base_optimizer_s(options):
     assert products(carried(base(), 0.1, **options)) == products(base()) > 0

@@ -60,6 +60,10 @@ def pack_like(mask: Mask, like: Mask) -> Mask:
 def unpack(mask: Mask) -> Mask:
     """Return a tree of bool arrays: undo `pack`."""
     leaves = jax.tree.leaves(mask)
+    if any(
+        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves
+    ):  # one that is not packed stays as it is
+        return jax.tree.map(lambda x: x if _bits(x) == 1 else jax.eval_shape(_unpacked, x), mask)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return _unpack(mask)
     if len({frozenset(leaf.devices()) for leaf in leaves if isinstance(leaf, jax.Array)}) > 1:
@@ -83,11 +87,12 @@ def churn(old: Mask, new: Mask) -> jax.Array:
 def _came_and_active(old: Mask, new: Mask) -> jax.Array:
     """Count entries that are new, and all that are True: float32 of shape (2,)."""
     before, after = jax.tree.leaves(old), jax.tree.leaves(new)
-    if not after:
+    count = len(after)
+    if not count:
         return jnp.zeros(2, jnp.float32)
 
     def local(here: Here, parts: list[jax.Array]) -> list[jax.Array]:
-        new, old = _bytes(here, parts, 0, len(after)), _bytes(here, parts, len(after), 2 * len(after))
+        new, old = _bytes(here, parts, 0, count), _bytes(here, parts, count, 2 * count)
         came, active = (lax.population_count(x).astype(jnp.int32) for x in (new & ~old, new))
         both = jnp.sum((came << 16) + active, axis=1)  # of a row at most 2**13
         return [here.total(jnp.stack([jnp.sum(x.astype(jnp.float32)) for x in (both >> 16, both & 0xFFFF)]))]

@@ -36,28 +36,30 @@ def traded(
       key: a typed key for what is random.
     """
     leaves, treedef = jax.tree.flatten(mask)
-    if not leaves:
-        return mask
     each, count = pattern.units(params), len(leaves)
+    if units.nothing(each):
+        return mask
     units.check_countable(each)
     shared = pattern.shared and not isinstance(pattern, Structured)
     # The same scores twice are the same arrays, joined once. Masks lie with the first scores there are.
-    same = to_keep is not None and to_keep is to_grow
+    # The compiler calls local later, which closes over no array for that reason.
+    drawn_keep, drawn_grow = to_keep is None, to_grow is None
+    same = not drawn_keep and to_keep is to_grow
     trees = [x for x in (to_keep, None if same else to_grow) if x is not None]
-    scores = [leaf for tree in trees for leaf in jax.tree.leaves(tree)]
-    inputs = [u.lie() for u in each] if trees else [Lie(u.mask, None, u.tiles) for u in each]
+    scored, scores = bool(trees), [leaf for tree in trees for leaf in jax.tree.leaves(tree)]
+    inputs = [u.lie() for u in each] if scored else [Lie(u.mask, None, u.tiles) for u in each]
     inputs += [Lie(u.whole, i) for _ in trees[1:] for i, u in enumerate(each)]
-    inputs += [Lie(u.mask, i) for i, u in enumerate(each)] if trees else []
+    inputs += [Lie(u.mask, i) for i, u in enumerate(each)] if scored else []
     outputs = [Lie(u.mask, i) for i, u in enumerate(each)]
 
     def local(here: Here, parts: list[jax.Array], data: jax.Array, fraction: jax.Array) -> list[jax.Array]:
-        tiled = [part.coarser(u.extents if trees else u.tiles) for part, u in zip(here.inputs, each)]
+        tiled = [part.coarser(u.extents if scored else u.tiles) for part, u in zip(here.inputs, each)]
         rows = Rows(here, tiled)
         masks, rest = parts[-count:], [parts[i : i + count] for i in range(0, len(parts) - count, count)]
         active = rows.joined([units.collapsed(m, u, p) for m, u, p in zip(masks, each, tiled)])
         found = iter([_keys(here, rows, x, each) for x in rest])
-        keep = units.random_keys(rows, data[0]) if to_keep is None else next(found)
-        grow = keep if same else units.random_keys(rows, data[1]) if to_grow is None else next(found)
+        keep = units.random_keys(rows, data[0]) if drawn_keep else next(found)
+        grow = keep if same else units.random_keys(rows, data[1]) if drawn_grow else next(found)
         keep, grow = _of_one_dtype(keep, grow)
         keys = jnp.where(active, keep, grow)
         accounts = _accounts(rows, active, fraction, shared=shared)

@@ -51,8 +51,8 @@ class Units(NamedTuple):
 
 def best(leaves: list[jax.Array], units: list[Units], sparsity: float, *, shared: bool) -> list[jax.Array]:
     """Return masks of the units with the best mean scores."""
-    if not leaves:
-        return []
+    if nothing(units):
+        return [jnp.zeros(u.mask, bool) for u in units]
     check_countable(units)
 
     def local(here: Here, leaves: list[jax.Array]) -> list[jax.Array]:
@@ -67,8 +67,8 @@ def best(leaves: list[jax.Array], units: list[Units], sparsity: float, *, shared
 
 def drawn(key: jax.Array, units: list[Units], sparsity: float, *, shared: bool) -> list[jax.Array]:
     """Return masks of random units."""
-    if not units:
-        return []
+    if nothing(units):
+        return [jnp.zeros(u.mask, bool) for u in units]
     check_countable(units)
 
     def local(here: Here, leaves: list[jax.Array], key_data: jax.Array) -> list[jax.Array]:
@@ -78,6 +78,11 @@ def drawn(key: jax.Array, units: list[Units], sparsity: float, *, shared: bool) 
 
     outputs = [Lie(u.mask, None, u.tiles) for u in units]
     return by_part(local, [], [], outputs, jax.random.key_data(key))
+
+
+def nothing(units: Sequence[Units]) -> bool:
+    """Whether there is nothing to choose: no leaf, or empty ones alone."""
+    return not any(math.prod(u.whole) for u in units)
 
 
 def check_countable(units: Sequence[Units]) -> None:

@@ -7,6 +7,7 @@ width and batch; the second is of mask rules alone, without a network.
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from timing import compiled, medians
 from tqdm import tqdm
 
 import ssam_jax
-from ssam_jax import NM, Unstructured, dynamic_mask, fisher_mask
+from ssam_jax import NM, MaskRule, Unstructured, dynamic_mask, fisher_mask
+from ssam_jax.masks import rule as masks
 
 SEEDS = (0, 1, 2)
 TIMED = True
@@ -80,6 +82,11 @@ def rules() -> dict[str, Any]:
     }
 
 
+def updated(rule: MaskRule) -> Callable[..., Any]:
+    """Return what a rule does in a step."""
+    return lambda grads, state, step: masks.update(rule, state, grads, None, grads, step)
+
+
 def alone(config: Config, size: int) -> list[dict[str, Any]]:
     """Return the times of each rule on a step without and on a step with a refresh."""
     generator = np.random.default_rng(2)
@@ -87,9 +94,9 @@ def alone(config: Config, size: int) -> list[dict[str, Any]]:
     grads = [jnp.asarray(generator.standard_normal(shape, np.float32)) for _ in range(LEAVES)]
     calls = {}
     for name, rule in rules().items():
-        state = steps.state_of(rule, grads)
-        update = lambda grads, state, step, rule=rule: rule.update(state, grads, None, grads, step)  # noqa: E731
-        program = compiled(update, grads, state, jnp.int32(0))
+        tx = optax.GradientTransformation(functools.partial(masks.init, rule), optax.identity().update)
+        state = steps.state_of(tx, grads)
+        program = compiled(updated(rule), grads, state, jnp.int32(0))
         for kind, step in (("keep", 0), ("refresh", EVERY - 1)):
             calls[name, kind] = functools.partial(program.call, grads, state, jnp.int32(step))
     once = sum(medians(calls, 1, warmups=1).values())

@@ -56,7 +56,7 @@ def traded(
         tiled = [part.coarser(u.extents if scored else u.tiles) for part, u in zip(here.inputs, each)]
         rows = Rows(here, tiled)
         masks, rest = parts[-count:], [parts[i : i + count] for i in range(0, len(parts) - count, count)]
-        active = rows.joined([units.collapsed(m, u, p) for m, u, p in zip(masks, each, tiled)])
+        active = rows.joined([units.collapsed(m, u, p.local) for m, u, p in zip(masks, each, tiled)])
         found = iter([_keys(here, rows, x, each) for x in rest])
         keep = units.random_keys(rows, data[0]) if drawn_keep else next(found)
         grow = keep if same else units.random_keys(rows, data[1]) if drawn_grow else next(found)

@@ -189,8 +189,8 @@ def expanded(rows: Rows, chosen: jax.Array, keys: jax.Array, units: Sequence[Uni
     return found
 
 
-def collapsed(mask: jax.Array, unit: Units, part: Part) -> jax.Array:
-    """Return which units a device's part of a mask keeps."""
+def collapsed(mask: jax.Array, unit: Units, shape: Shape) -> jax.Array:
+    """Return which units a device's part of a mask keeps, of this shape."""
     if unit.mask == unit.whole and unit.size > 1:
         return lax.slice(mask, (0,) * mask.ndim, mask.shape, unit.extents)
-    return mask.reshape(part.coarser(unit.extents).local)
+    return mask.reshape(shape)

@@ -312,7 +312,7 @@ def test_block_masks_are_expanded_and_collapsed_without_loss():
     rows = Rows(Here([part], [], ()), [part.coarser(unit.extents)])
     (mask,) = units.expanded(rows, rows.joined([chosen]), jnp.zeros((1, 1), jnp.uint32), [unit])
     np.testing.assert_array_equal(mask, np.kron(chosen, np.ones((2, 1, 3), bool)))
-    np.testing.assert_array_equal(units.collapsed(mask, unit, part), chosen)
+    np.testing.assert_array_equal(units.collapsed(mask, unit, unit.shape), chosen)
 
 
 def test_block_scores_are_means_over_tiles():

@@ -1,7 +1,7 @@
 """Time a training step of SGD, of ``optax.contrib.sam`` and of every form and pattern of SSAM.
 
-Run ``python benchmarks/step.py``; ``--help`` lists the sizes. The mask of a rule is renewed every 100 steps;
-the compiled step is timed at a step where it is not and at one where it is, and the difference is the
+Run ``python benchmarks/step.py``; ``--help`` lists the sizes. A rule refreshes its mask every 100 steps; the
+compiled step is timed at a step where it does not and at one where it does, and the difference is the
 refresh. Operations are those of the products in the compiled step, bytes those that it holds at once.
 """
 
@@ -56,7 +56,7 @@ class Way(NamedTuple):
     Attributes:
       step: of parameters, state and batch, as in `steps`.
       tx: whose ``init`` makes the state.
-      refreshes: whether the state has a mask that is renewed.
+      refreshes: whether the state has a mask that is refreshed.
       calls: of the step that make one step of training.
     """
 

@@ -170,13 +170,13 @@ def dynamic(divide, within_leaf, refresh_every, drop_fraction, total_steps):
             return mask, scores
         fraction = drop_fraction / 2 * (1 + np.cos(np.pi * min(step / total_steps, 1)))
 
-        def renew(magnitudes):
+        def refresh(magnitudes):
             def one(m, g):
                 return trade(m, g, divide, fraction)
 
             return leaf_by_leaf(one, mask, magnitudes) if within_leaf else one(mask, magnitudes)
 
-        return without_near_ties(renew, {name: np.abs(grads[name]) for name in ORDER}), scores
+        return without_near_ties(refresh, {name: np.abs(grads[name]) for name in ORDER}), scores
 
     return rule
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import ssam_jax
 from ssam_experiments.running import processes
 
-STEPS, MIDDLE = 6, 3  # a mask is renewed every second step: before, at and after the checkpoint
+STEPS, MIDDLE = 6, 3  # a mask is refreshed every second step: before, at and after the checkpoint
 RULES = {
     "fisher": lambda: ssam_jax.fisher_mask(ssam_jax.Unstructured(0.5), refresh_every=2),
     "dynamic": lambda: ssam_jax.dynamic_mask(ssam_jax.Unstructured(0.5), refresh_every=2, total_steps=12),

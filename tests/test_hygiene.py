@@ -202,8 +202,8 @@ def test_exact_scores_and_a_mask_from_them_pass_every_guard_of_jax(dtype):
             return state, ssam_jax.mask_stats(state)
 
         with jax.transfer_guard("disallow"):
-            renewed, stats = refresh(params, state, batch)
-        assert tiny.spec(renewed) == tiny.spec(state)
+            refreshed, stats = refresh(params, state, batch)
+        assert tiny.spec(refreshed) == tiny.spec(state)
         assert stats.density >= 0.5
 
 

@@ -92,9 +92,9 @@ def assert_same_run(tx, optimizers, rho=0.3, rule=None, mask="drawn", **options)
             for name in oracle.ORDER:
                 np.testing.assert_array_equal(masks[-1][name], want_mask[name], f"{name}, step {step}")
     if rule is not None:
-        renewed = [any((a[n] != b[n]).any() for n in oracle.ORDER) for a, b in itertools.pairwise(masks)]
-        assert not any(r for step, r in enumerate(renewed, 1) if step % EVERY)
-        assert sum(renewed) >= 2, "the masks must change for this test to mean anything"
+        refreshed = [any((a[n] != b[n]).any() for n in oracle.ORDER) for a, b in itertools.pairwise(masks)]
+        assert not any(r for step, r in enumerate(refreshed, 1) if step % EVERY)
+        assert sum(refreshed) >= 2, "the masks must change for this test to mean anything"
 
 
 SGD = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.3, momentum=0.9))

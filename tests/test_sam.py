@@ -132,7 +132,7 @@ def test_a_full_step_costs_the_products_of_optax_sam_and_a_step_without_ascent_t
     assert full == step_products(sam, grad_fn=grad_fn) == 2 * once
 
 
-def test_scores_and_masks_go_on_being_renewed_without_ascent():
+def test_scores_and_masks_go_on_being_refreshed_without_ascent():
     tx = ssam(0.3, fisher_mask(NM(1, 2), refresh_every=1, decay=0.0))
     params = make_params()
     state = tx.init(params)

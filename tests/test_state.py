@@ -80,7 +80,7 @@ def test_churn_is_the_share_of_the_new_mask_that_was_not_in_the_old():
     assert float(ssam_jax.mask_stats(ssam_jax.set_mask(ssam_jax.set_mask(state, NONE), ALL)).churn) == 1
 
 
-def test_churn_of_a_renewal_is_counted_in_the_loop():
+def test_churn_of_a_refresh_is_counted_in_the_loop():
     tx = chain(ssam_jax.random_mask(NM(1, 2), refresh_every=1))
     params, state = {"w": jnp.ones((4, 8))}, tx.init({"w": jnp.ones((4, 8))})
     _, new = tx.update(params, state, params, grad_fn=lambda p, i: p)

@@ -145,7 +145,7 @@ def test_multi_steps_after_ssam_averages_the_descent_gradients_of_the_micro_batc
     assert int(state[0].step) == 3
 
 
-def test_multi_steps_renews_the_mask_by_optimizer_steps():
+def test_multi_steps_refreshes_the_mask_by_optimizer_steps():
     rule = ssam_jax.random_mask(NM(2, 4), refresh_every=2)
     tx = optax.MultiSteps(optax.chain(ssam(rule), optax.sgd(0.1)), every_k_schedule=2)
     params, state = start(tx)

@@ -103,7 +103,7 @@ class Config:
     """Regular expression, searched in the path of each parameter (such as stage_3/block_1/conv_1/kernel),
     for ssam-fixed."""
     refresh_epochs: int = 1
-    """Epochs between two renewals of the mask."""
+    """Epochs between two refreshes of the mask."""
     fisher: Literal["per-example", "running"] = "per-example"
     """Scores of ssam-f: the empirical Fisher information of --fisher-samples examples, one by one, as
     in the paper; or a running mean of squared mini-batch gradients, which costs no pass of its own."""

@@ -57,7 +57,7 @@ class Config:
     rho_decay: float = 0.5
     """Step t has the radius rho / t**rho_decay. The theorem wants 0.5."""
     refresh_every: int = 100
-    """Steps between renewals of the masks."""
+    """Steps between refreshes of the masks."""
     fit: tuple[float, float] = (0.01, 0.1)
     """The part of the run on which c is fitted, in shares of the steps; all later T are for the test."""
     tolerance: float = 0.05

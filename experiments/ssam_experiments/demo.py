@@ -74,7 +74,7 @@ def sharpness(model: nn.Module, params: Any, x: jax.Array, y: jax.Array, rho: fl
 
 
 def time_steps(config: Config, trainers: dict[str, Trainer], methods: dict[str, Method]) -> dict[str, float]:
-    """Return the seconds that a step of all seeds at once takes, with its share of the mask's renewal.
+    """Return the seconds that a step of all seeds at once takes, with its share of the mask's refresh.
 
     An epoch is timed at a time, the methods in turn, so that what else the machine does strikes all.
     """
@@ -137,7 +137,7 @@ def table(results: dict[str, Any], config: Config) -> str:
         f"Mean ± standard deviation over {config.seeds} seeds, after {config.epochs} epochs with"
         f" {config.noise:.0%} of the training labels wrong; test labels are clean. Sharpness: rise of the"
         f" training loss at distance {config.rho_sharpness} along its gradient. Step time: all seeds"
-        " at once, renewals of the mask included."
+        " at once, refreshes of the mask included."
     )
     return "\n".join(lines) + f"\n\n{notes}\n"
 

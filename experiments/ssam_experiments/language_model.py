@@ -56,7 +56,7 @@ class Config:
     sparsity: float = 0.5
     """Share of the parameters that the Fisher mask leaves unperturbed."""
     refresh_every: int = 25
-    """Steps between two renewals of the Fisher mask."""
+    """Steps between two refreshes of the Fisher mask."""
     methods: tuple[Literal["adamw", "sam", "ssam"], ...] = ("adamw", "sam", "ssam")
     """Methods to train with, in turn."""
     mask: Literal["fisher", "last"] = "fisher"

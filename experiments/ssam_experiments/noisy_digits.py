@@ -124,7 +124,7 @@ def load_data(noise: float) -> Data:
 
 def make_methods(config: Config) -> dict[str, Method]:
     """Return the methods by name. A radius of 0 is SGD, at the price of SGD."""
-    steps = TRAIN // config.batch  # in an epoch: masks are renewed at the end of each, as in the paper
+    steps = TRAIN // config.batch  # in an epoch: masks are refreshed at the end of each, as in the paper
     some = ssam_jax.Unstructured(config.sparsity)
     two_of_four = ssam_jax.NM(2, 4, indivisible="whole")  # "whole": the head has 10 columns
     fisher = functools.partial(ssam_jax.fisher_mask, refresh_every=steps)

@@ -91,7 +91,7 @@ def test_a_step_without_the_ascent_is_one_of_the_base_optimizer(tmp_path):
     assert_same(never.params, plain.params)
 
 
-def test_a_mask_is_renewed_at_the_end_of_an_epoch_and_not_before(tmp_path):
+def test_a_mask_is_refreshed_at_the_end_of_an_epoch_and_not_before(tmp_path):
     _, state, rows = trained(tmp_path, method="ssam-f", refresh_epochs=2, epochs=4)
     first, second, third, fourth = (row["density_by_leaf"] for row in rows)
     assert first == second != third == fourth

@@ -68,7 +68,7 @@ def mapped(step, devices, batch_spec=IN_STEPS):
 
 
 @functools.cache
-def renewal(name):
+def refresh_of(name):
     rule = RULES[name]
     return jax.jit(lambda state, params, mean, step: masks.update(rule, state, params, None, mean, step))
 
@@ -76,7 +76,7 @@ def renewal(name):
 @functools.cache
 def loop_over_parts(name, parts, ascent_steps=1):
     """Take the steps by hand, one part of the batch after the other, on one device."""
-    gradient, renew = jax.jit(jax.grad(loss)), renewal(name)
+    gradient, refresh = jax.jit(jax.grad(loss)), refresh_of(name)
     params = jax.tree.map(jnp.array, PARAMS)
     state = masks.init(RULES[name], params)
     for number, batch in enumerate(BATCHES):
@@ -92,7 +92,7 @@ def loop_over_parts(name, parts, ascent_steps=1):
                 point = jax.tree.map(jnp.add, point, eps)
             descents.append(gradient(point, part))
         mean = jax.tree.map(lambda *grads: jnp.mean(jnp.stack(grads), axis=0), *descents)
-        state = renew(state, params, mean, jnp.int32(number))
+        state = refresh(state, params, mean, jnp.int32(number))
         params = jax.tree.map(lambda p, g: p - LR * g, params, mean)
     return params, state
 

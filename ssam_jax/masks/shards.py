@@ -136,7 +136,7 @@ def by_part(
         here = Here([Part.of(x.shape, None) for x in inputs], [Part.of(x.shape, None) for x in outputs], ())
         return fn(here, list(args[: len(inputs)]), *args[len(inputs) :])
 
-    if jax.device_count() == 1 or _within_shard_map():
+    if jax.device_count() == 1 or _within_shard_map() or _undivided():
         return alone(*arrays, *everywhere)
     return _Divided(fn, alone, tuple(inputs), tuple(outputs), ()).call(*arrays, *map(_named, everywhere))
 
@@ -144,6 +144,11 @@ def by_part(
 def _within_shard_map() -> bool:
     """Whether the code is one device's already, for some axes of the mesh at least."""
     return bool(getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()))
+
+
+def _undivided() -> bool:
+    """Whether JAX is older than 0.7 and in a mesh, whose axes it would take for those of a single device."""
+    return not hasattr(jax, "set_mesh") and not jax.sharding.get_abstract_mesh().empty
 
 
 def _named(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Mask rules: when a mask is renewed, from which scores, and what is traded."""
+"""Mask rules: when a mask is refreshed, from which scores, and what is traded."""
 
 import functools
 import itertools
@@ -67,22 +67,22 @@ def test_fisher_scores_are_the_running_mean_of_squared_gradients():
         np.testing.assert_allclose(flat(state.memory), expected, rtol=1e-5)
 
 
-def test_fisher_renews_the_mask_at_the_end_of_every_kth_step():
+def test_fisher_refreshes_the_mask_at_the_end_of_every_kth_step():
     rule = fisher_mask(HALF, refresh_every=3, decay=0.5)
     before, grads = masks.init(rule, PARAMS), [like(PARAMS, seed) for seed in range(7)]
-    renewals = []
+    refreshes = []
     for t, state in enumerate(run(rule, grads)):
         if (t + 1) % 3 == 0:
             best = np.argsort(-flat(state.memory), kind="stable")[:8]
             assert set(np.flatnonzero(flat(state.mask))) == set(best)
             came = flat(state.mask) & ~flat(before.mask)
             assert float(state.churn) == came.sum() / 8
-            renewals.append(t)
+            refreshes.append(t)
         else:
             np.testing.assert_array_equal(flat(state.mask), flat(before.mask))
             assert state.churn == before.churn
         before = state
-    assert renewals == [2, 5]
+    assert refreshes == [2, 5]
 
 
 def test_a_step_uses_the_mask_made_at_the_end_of_the_step_before():
@@ -317,7 +317,7 @@ def test_a_fixed_mask_may_be_a_tree_a_prefix_or_a_predicate():
     assert mask["head"]["bias"].tolist() == [True] * 4 and not mask["head"]["kernel"]
 
 
-def test_a_fixed_mask_sees_full_paths_and_is_never_renewed():
+def test_a_fixed_mask_sees_full_paths_and_is_never_refreshed():
     seen = []
     rule = fixed_mask(lambda path: not seen.append(path))
     state = masks.init(rule, {"a": [jnp.ones(1), {"b": jnp.ones(1)}], "none": None})

@@ -111,7 +111,9 @@ def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
                 if (epoch + 1) % config.evaluate_every == 0 or at.step == steps:
                     row |= evaluate(config, feed, programs, at.state)
                 row |= _mask_metrics(config, at.state)
-                at = Position(at.step, _renew(config, feed, programs, at.state, epoch), programs.no_totals())
+                at = Position(
+                    at.step, _refresh(config, feed, programs, at.state, epoch), programs.no_totals()
+                )
                 tracker.write(row)
                 if bar.disable and first:
                     print(describe(config, row), flush=True)
@@ -224,12 +226,12 @@ def perturbed_leaves(config: Config, state: Any) -> Any:
     return ssam_jax.active_leaves(state.opt_state) if static and config.whole_tensors else None
 
 
-def _renew(config: Config, feed: Feed, programs: Programs, state: Any, epoch: int) -> Any:
-    """Return the state, at the end of an epoch of renewal with a mask from per-example scores."""
+def _refresh(config: Config, feed: Feed, programs: Programs, state: Any, epoch: int) -> Any:
+    """Return the state, at the end of an epoch of refresh with a mask from per-example scores."""
     wanted = config.method == "ssam-f" and config.fisher == "per-example"
     if not wanted or (epoch + 1) % config.refresh_epochs or epoch + 1 < config.ascent_from:
         return state
-    return programs.renew(state, *feed.examples(config.seed, epoch, config.fisher_samples))
+    return programs.refresh(state, *feed.examples(config.seed, epoch, config.fisher_samples))
 
 
 def _mask_metrics(config: Config, state: Any) -> dict[str, Any]:

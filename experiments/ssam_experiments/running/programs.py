@@ -1,4 +1,4 @@
-"""The compiled functions of a run: init, step, mask renewal, evaluation."""
+"""The compiled functions of a run: init, step, mask refresh, evaluation."""
 
 import functools
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Programs(NamedTuple):
       no_totals: ``no_totals() -> totals``: sums over nothing.
       step: ``step(state, totals, chosen, source, ascent=..., active=...) -> (state, totals)``; the last
         two are static: whether this step perturbs, and what `active_leaves` returned (or None).
-      renew: ``renew(state, source) -> state`` with a mask from per-example Fisher information.
+      refresh: ``refresh(state, source) -> state`` with a mask from per-example Fisher information.
       evaluate: ``evaluate(state, images, labels, weights) -> Totals``.
       rise: ``rise(state, images, labels, rho) -> (loss here, loss at rho along its gradient)``.
     """
@@ -45,7 +45,7 @@ class Programs(NamedTuple):
     init: Callable[..., Any]
     no_totals: Callable[[], Totals]
     step: Callable[..., Any]
-    renew: Callable[..., Any]
+    refresh: Callable[..., Any]
     evaluate: Callable[..., Totals]
     rise: Callable[..., Any]
 
@@ -121,7 +121,7 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
             variables["batch_stats"] = state.batch_stats
         return model.apply(variables, feed.prepare(images), train=False)
 
-    def renew(state: Any, images: jax.Array, labels: jax.Array) -> Any:
+    def refresh(state: Any, images: jax.Array, labels: jax.Array) -> Any:
         # Statistics are those at rest: a single example has none worth normalizing by.
         def one_loss(params: Any, example: Any) -> jax.Array:
             image, label = example
@@ -170,7 +170,7 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
             donate_argnums=(0, 1),
             out_shardings=(states, whole),
         ),
-        renew=jax.jit(renew, donate_argnums=0, out_shardings=states),
+        refresh=jax.jit(refresh, donate_argnums=0, out_shardings=states),
         evaluate=everywhere(evaluate),
         rise=everywhere(rise),
     )

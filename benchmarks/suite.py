@@ -39,6 +39,7 @@ BENCHMARKS = (
     "selection",
     "step",
     "algebra",
+    "leaves",
     "scaling",
     "devices",
     "two_pass",

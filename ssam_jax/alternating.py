@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssam_jax._base import checks, shardings, trees
+from ssam_jax._base import shardings, trees
 from ssam_jax.ascent.radii import RadiusRule
 from ssam_jax.combine import Combine
-from ssam_jax.factors import Factors, check_optimizer
-from ssam_jax.masks.fitting import OTHER_STATE
+from ssam_jax.factors import Factors, check_ascent_steps, check_optimizer
 from ssam_jax.masks.rule import MaskRule
 from ssam_jax.state import SsamState, find
 from ssam_jax.typing import Gradients, Normalize, Params, PyTree, Scalar, Schedule
@@ -88,8 +87,7 @@ def alternating(
     """
     factors = Factors(rho, mask, direction, combine, normalize, adaptive)
     optimizer = check_optimizer(optimizer)
-    if ascent_steps is not None:
-        checks.integer("ascent_steps", ascent_steps, also=", or None for 1")
+    check_ascent_steps(ascent_steps)
     ascents = ascent_steps or 1
     float_dtype = jnp.result_type(float)
 
@@ -109,7 +107,7 @@ def alternating(
     def update(
         updates: Gradients, state: AlternatingState, params: Params | None = None, **extra_args: Any
     ) -> tuple[Gradients, AlternatingState]:
-        _check(factors, updates, state, params)
+        factors.check_wrapped(updates, state, AlternatingState, "anchor", params)
         starts, descends = state.phase == 0, state.phase == ascents
         anchor = trees.where(starts, params, state.anchor)
 
@@ -182,13 +180,3 @@ def _combined(
         combine.update(grads, None, state.ssam.combine, params),
         combine.update(grads, perturbed, state.ssam.combine, params),
     )
-
-
-def _check(factors: Factors, updates: Gradients, state: AlternatingState, params: Params | None) -> None:
-    if not isinstance(state, AlternatingState):
-        raise TypeError(
-            "state must be the AlternatingState that this alternating's init(params) returned, got"
-            f" {type(state).__name__}. A checkpoint is restored into tx.init(params)."
-        )
-    factors.check(updates, state.ssam, params)
-    trees.check_same_shapes(state.anchor, params, "the anchor in the state", "params", OTHER_STATE)

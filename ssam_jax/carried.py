@@ -9,7 +9,6 @@ from ssam_jax._base import trees
 from ssam_jax.ascent import radii
 from ssam_jax.ascent.radii import RadiusRule
 from ssam_jax.factors import Factors, check_optimizer
-from ssam_jax.masks.fitting import OTHER_STATE
 from ssam_jax.masks.rule import MaskRule
 from ssam_jax.state import SsamState, find, replace
 from ssam_jax.typing import Gradients, Normalize, Params, PyTree, Scalar, Schedule
@@ -79,7 +78,7 @@ def carried(
     """
     factors = Factors(rho, mask, direction, None, normalize, adaptive)
     optimizer = check_optimizer(optimizer)
-    never = radii.is_static(rho) and rho == 0
+    never = radii.is_zero(rho)
 
     def init(params: Params) -> CarriedState:
         # A copy, so that parameters and state can be donated together.
@@ -88,7 +87,7 @@ def carried(
     def update(
         updates: Gradients, state: CarriedState, params: Params | None = None, **extra_args: Any
     ) -> tuple[Gradients, CarriedState]:
-        _check(factors, updates, state, params)
+        factors.check_wrapped(updates, state, CarriedState, "center", params)
         step, opt_state = optimizer.update(updates, state.opt_state, state.center, **extra_args)
         center = optax.apply_updates(state.center, step)
 
@@ -142,13 +141,3 @@ def carried_set_params(opt_state: PyTree, params: Params) -> PyTree:
     trees.check_same_shapes(params, state.center, "params", "the parameters in the state")
     trees.check_same_dtypes(params, state.center, "params", "the parameters in the state")
     return replace(opt_state, state._replace(center=jax.tree.map(trees.copied, params)))
-
-
-def _check(factors: Factors, updates: Gradients, state: CarriedState, params: Params | None) -> None:
-    if not isinstance(state, CarriedState):
-        raise TypeError(
-            "state must be the CarriedState that this carried's init(params) returned, got"
-            f" {type(state).__name__}. A checkpoint is restored into tx.init(params)."
-        )
-    factors.check(updates, state.ssam, params)
-    trees.check_same_shapes(state.center, params, "the center in the state", "params", OTHER_STATE)

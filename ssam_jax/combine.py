@@ -11,9 +11,6 @@ from ssam_jax.typing import Gradients, Params, PyTree
 
 __all__ = ["Combine", "LookSamState", "gsam", "looksam", "replace", "weighted"]
 
-LARGEST = 1e30
-"""The largest weight of a gradient; beyond it float32 overflows."""
-
 
 class UpdateGradients(Protocol):
     """The second function of a `Combine`."""
@@ -68,7 +65,7 @@ def weighted(gamma: float) -> Combine:
       TypeError: ``gamma`` is not a real number.
       ValueError: it is not finite.
     """
-    checks.number("gamma", gamma, low=-LARGEST, high=LARGEST)
+    checks.number("gamma", gamma, low=-checks.LARGEST, high=checks.LARGEST)
 
     def update(
         grads: Gradients, perturbed: Gradients | None, state: PyTree, params: Params
@@ -103,7 +100,7 @@ def gsam(alpha: float) -> Combine:
       Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
       <https://arxiv.org/abs/2203.08065>`_, algorithm 1.
     """
-    checks.number("alpha", alpha, low=0, high=LARGEST)
+    checks.number("alpha", alpha, low=0, high=checks.LARGEST)
 
     def update(
         grads: Gradients, perturbed: Gradients | None, state: PyTree, params: Params
@@ -146,7 +143,7 @@ def looksam(alpha: float, scope: Literal["global", "leaf"] = "global") -> Combin
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
       <https://arxiv.org/abs/2203.02714>`_, algorithm 1.
     """
-    checks.number("alpha", alpha, low=0, high=LARGEST)
+    checks.number("alpha", alpha, low=0, high=checks.LARGEST)
     checks.choice("scope", scope, ("global", "leaf"))
 
     def inner(a: Gradients, b: Gradients) -> PyTree:

@@ -17,7 +17,7 @@ from ssam_jax.masks import rule as mask_rule
 from ssam_jax.masks.fitting import OTHER_STATE, check_mask
 from ssam_jax.masks.rule import MaskRule, MaskState
 from ssam_jax.state import SsamState
-from ssam_jax.typing import Gradients, Mask, Normalize, Params, Scalar, Schedule
+from ssam_jax.typing import Gradients, Mask, Normalize, Params, PyTree, Scalar, Schedule
 
 ALONE = "Both must be the gradient alone, without loss or aux."
 """What to do about gradients that are no gradients."""
@@ -159,6 +159,28 @@ class Factors:
         check_gradient(grads, params, "the gradient", "params")
         self._check_state(state, params)
 
+    def check_wrapped(
+        self, grads: Gradients, state: PyTree, kind: type[Any], kept: str, params: Params | None
+    ) -> None:
+        """Raise unless a step of a carrier that wraps an optimizer can start here.
+
+        Args:
+          grads: the gradient.
+          state: what should be a state of this ``kind``, with a `SsamState` in its field ``ssam``.
+          kind: the class of the carrier's states.
+          kept: the name of its field that holds parameters.
+          params: the parameters that the trainer holds.
+        """
+        if not isinstance(state, kind):
+            carrier = kind.__name__.removesuffix("State").lower()
+            raise TypeError(
+                f"state must be the {kind.__name__} that this {carrier}'s init(params) returned, got"
+                f" {type(state).__name__}. A checkpoint is restored into tx.init(params)."
+            )
+        self.check(grads, state.ssam, params)
+        name = f"the {kept} in the state"
+        trees.check_same_shapes(getattr(state, kept), params, name, "params", OTHER_STATE)
+
     def _check_state(self, state: SsamState, params: Params) -> None:
         if not isinstance(state, SsamState):
             raise TypeError(
@@ -186,6 +208,17 @@ def check_gradient(grads: Gradients, like: Params, name: str, like_name: str) ->
     trees.check_same_shapes(grads, like, name, like_name, ALONE)
     trees.check_floating(grads, name, "take it with jax.grad of a real loss of real parameters")
     return grads
+
+
+def check_ascent_steps(ascent_steps: int | None) -> None:
+    """Raise unless there may be so many ascent steps."""
+    if ascent_steps is not None:
+        checks.integer(
+            "ascent_steps",
+            ascent_steps,
+            also=", or None for 1",
+            remedy="; under optax.inject_hyperparams, name it in static_args to keep it an int",
+        )
 
 
 def check_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

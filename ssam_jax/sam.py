@@ -10,7 +10,7 @@ from ssam_jax._base import checks
 from ssam_jax.ascent import radii
 from ssam_jax.ascent.radii import RadiusRule
 from ssam_jax.combine import Combine
-from ssam_jax.factors import Factors, check_gradient
+from ssam_jax.factors import Factors, check_ascent_steps, check_gradient
 from ssam_jax.masks.rule import MaskRule
 from ssam_jax.state import SsamState
 from ssam_jax.typing import GradFn, Gradients, Normalize, Params, PyTree, Scalar, Schedule, TwoPassGradFn
@@ -141,7 +141,7 @@ def ssam(
             return factors.joined.update(grads, None, state.combine, params)
 
         skips = skip_zero_rho and not radii.is_static(radius)
-        if grad_fn is None or _is_zero(radius, read=skips):
+        if grad_fn is None or radii.is_zero(radius, read=skips):
             descent, joined = without_ascent()
         elif skips and isinstance(radius, jax.core.Tracer):
             descent, joined = jax.lax.cond(
@@ -155,12 +155,6 @@ def ssam(
         return descent, factors.advance(state, params, updates, descent, **extra_args)
 
     return optax.GradientTransformationExtraArgs(factors.init, update)
-
-
-def _is_zero(radius: Scalar, read: bool = False) -> bool:
-    """Whether a radius is known to be 0; an array is looked at if it may be read."""
-    known = radii.known(radius) if read or radii.is_static(radius) else None
-    return known is not None and known == 0
 
 
 def _is_implicit(grad_fn: GradFn | None) -> bool:
@@ -183,13 +177,7 @@ def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
 
 def _check_options(factors: Factors, ascent_steps: int | None, skip_zero_rho: bool) -> None:
     checks.flag("skip_zero_rho", skip_zero_rho)
-    if ascent_steps is not None:
-        checks.integer(
-            "ascent_steps",
-            ascent_steps,
-            also=", or None for 1",
-            remedy="; under optax.inject_hyperparams, name it in static_args to keep it an int",
-        )
+    check_ascent_steps(ascent_steps)
     if factors.joined.needs_skips and not (radii.is_static(factors.rho) or skip_zero_rho):
         raise ValueError(
             "this combine must know on which steps there is no ascent, and a traced radius of 0 does not say:"
@@ -201,7 +189,7 @@ def _check_options(factors: Factors, ascent_steps: int | None, skip_zero_rho: bo
 def _checked(grad_fn: GradFn | None, factors: Factors) -> GradFn | None:
     """Return ``grad_fn``, None for a step without ascent, or raise unless it fits the factors."""
     if grad_fn is _MISSING:
-        if not _is_zero(factors.rho):
+        if not radii.is_zero(factors.rho):
             raise TypeError(
                 "ssam needs a gradient function: tx.update(grads, state, params, grad_fn=grad_fn) with"
                 " grad_fn(params, i) -> grads. Pass grad_fn=None to take a step without the ascent"

@@ -13,6 +13,9 @@ import numpy as np
 LARGEST_STEP = 2**31 - 1
 """Where optax's step counters stop."""
 
+LARGEST = 1e30
+"""The largest factor on a gradient; beyond it float32 overflows."""
+
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of some strings."""

@@ -11,9 +11,6 @@ from ssam_jax.typing import Gradients, Params, PyTree
 
 __all__ = ["FriendlyState", "NoiseState", "base_momentum", "friendly", "noise", "zscore"]
 
-LARGEST = 1e30
-"""The largest setting; beyond it float32 overflows."""
-
 
 class FriendlyState(NamedTuple):
     """State of `friendly`.
@@ -48,7 +45,7 @@ def friendly(sigma: float = 1.0, decay: float = 0.95) -> optax.GradientTransform
     References:
       Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, algorithm 1.
     """
-    checks.number("sigma", sigma, low=0, high=LARGEST)
+    checks.number("sigma", sigma, low=0, high=checks.LARGEST)
     checks.number("decay", decay, low=0, high=1, below=True)
 
     def init(params: Params) -> FriendlyState:
@@ -173,7 +170,7 @@ def zscore(threshold: float) -> optax.GradientTransformation:
     References:
       Yun, `Sharpness-Aware Minimization with Z-Score Gradient Filtering <https://arxiv.org/abs/2505.02369>`_.
     """
-    checks.number("threshold", threshold, low=0, high=LARGEST)
+    checks.number("threshold", threshold, low=0, high=checks.LARGEST)
 
     def update(
         grads: Gradients, state: optax.EmptyState, params: Params | None = None

@@ -206,6 +206,12 @@ def known(radius: Scalar) -> float | None:
     return jax.device_get(radius)
 
 
+def is_zero(radius: Scalar | Schedule | RadiusRule, *, read: bool = False) -> bool:
+    """Whether a radius is known to be 0; an array is looked at if it may be read."""
+    value = known(radius) if read or is_static(radius) else None
+    return value is not None and value == 0
+
+
 def check_rho(rho: Scalar | Schedule | RadiusRule) -> None:
     """Raise unless ``rho`` may be a radius, a schedule for it, or a rule."""
     if isinstance(rho, RadiusRule):

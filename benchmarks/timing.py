@@ -19,8 +19,9 @@ def medians(
 ) -> dict[Name, float]:
     """Return each candidate's median time in milliseconds.
 
-    The candidates take turns, so that whatever else the machine does falls on all of them alike.
-    Each is called ``warmups`` times before, to compile and to warm up.
+    The candidates take turns, so that whatever else the machine does falls on all of them alike. Each is
+    called ``warmups`` times before, to compile and to warm up, and twice in a turn, of which the second
+    counts: the call before a step of training is such a step too, not that of a larger program.
     """
     return {name: float(np.median(values)) for name, values in turns(candidates, repeats, warmups).items()}
 
@@ -35,6 +36,7 @@ def turns(
     times: dict[Name, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, candidate in candidates.items():
+            jax.block_until_ready(candidate())
             start = time.perf_counter()
             jax.block_until_ready(candidate())
             times[name].append(1e3 * (time.perf_counter() - start))

@@ -50,22 +50,12 @@ class Count(NamedTuple):
         return Count(high.astype(jnp.int32), (value - high * 2**16).astype(jnp.int32))
 
     def total(self) -> "Count":
-        """Add up along the first axis, which is kept, every row holding the sum."""
-        return self.summed(jnp.ones((len(self.low), len(self.low)), jnp.int32))
-
-    def summed(self, matrix: jax.Array) -> "Count":
-        """Add up rows: as the product with a matrix of 0 and 1, which needs no kernel of its own."""
-        low = jnp.tensordot(matrix, self.low, axes=1)
+        """Add up along the first axis, which is kept: as a product, which needs no kernel of its own."""
+        ones = jnp.ones((1, len(self.low)), jnp.int32)
+        low = jnp.tensordot(ones, self.low, axes=1)
         if self.high is None:
             return Count(None, low)
-        return Count(jnp.tensordot(matrix, self.high, axes=1) + (low >> 16), low & 0xFFFF)
-
-    def plus(self, other: "Count") -> "Count":
-        """Add."""
-        low = self.low + other.low
-        if self.high is None or other.high is None:
-            return Count(None, low)
-        return Count(self.high + other.high + (low >> 16), low & 0xFFFF)
+        return Count(jnp.tensordot(ones, self.high, axes=1) + (low >> 16), low & 0xFFFF)
 
     def minus(self, other: "Count") -> "Count":
         """Subtract, stopping at 0."""
@@ -82,12 +72,6 @@ class Count(NamedTuple):
             return self.low >= other.low
         return (self.high > other.high) | ((self.high == other.high) & (self.low >= other.low))
 
-    def clipped(self) -> jax.Array:
-        """Return int32, counts above its range replaced by its largest value."""
-        if self.high is None:
-            return self.low
-        return jnp.where(self.high < 2**15, self.high * 2**16 + self.low, LARGEST_LEAF)
-
     def as_float(self) -> jax.Array:
         """Return float32, rounded."""
         low = self.low.astype(jnp.float32)
@@ -100,6 +84,10 @@ class Count(NamedTuple):
     def of_pivots(self) -> "Count":
         """Return the count with a last axis, along which it is the same for all."""
         return Count(None if self.high is None else self.high[..., None], self.low[..., None])
+
+    def column(self, i: int) -> "Count":
+        """Return a column."""
+        return Count(None if self.high is None else self.high[:, i], self.low[:, i])
 
     def beside(self, other: "Count") -> "Count":
         """Return both as the columns of one."""

@@ -4,11 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 
 from ssam_jax._base import shardings
-from ssam_jax.masks import packing
-from ssam_jax.masks.patterns import Pattern
+from ssam_jax.masks import packing, shards
+from ssam_jax.masks.patterns import CompiledPattern, Pattern
 from ssam_jax.typing import Mask, Params
 
 
@@ -36,6 +36,9 @@ def _draw(
 ) -> Mask:
     """Draw under ``jit``: op by op, ``init`` would compile every operation, and fill one device first."""
     params = treedef.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in placed])
+    meshes = any(isinstance(sharding, NamedSharding) for _, sharding in placed)
+    if shards.single() and isinstance(pattern, CompiledPattern) and not meshes:
+        return pattern.random_bits(key, params, packed=packed)
     mask = pattern.random(key, params)
     leaves = [
         m if sharding is None else shardings.constrained(m, sharding, shape)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from ssam_jax._base import checks, shardings
 from ssam_jax.masks import trading
 from ssam_jax.masks.fitting import check_pattern
-from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern
-from ssam_jax.masks.rule import MaskRule
-from ssam_jax.typing import Gradients, Mask, Params, PyTree, Scalar, Schedule
+from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern, Unstructured
+from ssam_jax.masks.rule import MaskRule, OnBits
+from ssam_jax.typing import Gradients, Mask, Params, PyTree, Scalar, Schedule, Scores
 
 Criterion = Literal["gradient", "weight", "random"]
 
@@ -80,12 +80,30 @@ def dynamic_mask(
     def select(grads: Gradients, mask: Mask | None, params: Params, key: jax.Array, step: jax.Array) -> Mask:
         return shardings.computed_like(params, traded, key, mask, grads, fraction(step))
 
-    def traded(params: Params, key: jax.Array, mask: Mask, grads: Gradients, share: jax.Array) -> Mask:
-        scores = {"gradient": grads, "weight": params, "random": None}
-        return trading.traded(units, mask, params, scores[drop], scores[grow], share, key)
+    def bits(
+        grads: Gradients, bits: Mask, params: Params, key: jax.Array, step: jax.Array
+    ) -> tuple[Mask, jax.Array]:
+        return trading.traded_bits(
+            units, bits, params, *scores(params, grads), jnp.asarray(fraction(step)), key
+        )
 
+    def traded(params: Params, key: jax.Array, mask: Mask, grads: Gradients, share: jax.Array) -> Mask:
+        return trading.traded(units, mask, params, *scores(params, grads), share, key)
+
+    def scores(params: Params, grads: Gradients) -> tuple[Scores | None, Scores | None]:
+        known = {"gradient": grads, "weight": params, "random": None}
+        return known[drop], known[grow]
+
+    selects = OnBits(select, bits) if isinstance(units, Unstructured) else select
     return MaskRule(
-        None, observe, select, refresh_every, seed=seed, packed=packed, keeps_memory=False, first=pattern
+        None,
+        observe,
+        selects,
+        refresh_every,
+        seed=seed,
+        packed=packed,
+        keeps_memory=False,
+        first=pattern,
     )
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings, trees
 from ssam_jax.masks.fitting import check_pattern
-from ssam_jax.masks.patterns import Pattern
-from ssam_jax.masks.rule import MaskRule
+from ssam_jax.masks.patterns import Pattern, Unstructured
+from ssam_jax.masks.rule import MaskRule, OnBits
 from ssam_jax.typing import Gradients, Mask, Params, PyTree, Scores
 
 
@@ -80,7 +80,12 @@ def fisher_mask(
 
     if refresh_every is None:
         return MaskRule(select=select, seed=seed, packed=packed, first=pattern)
-    return MaskRule(init, observe, select, refresh_every, seed=seed, packed=packed, first=pattern)
+    selects = (
+        select
+        if not isinstance(pattern, Unstructured)
+        else OnBits(select, lambda scores, bits, params, key, step: pattern.largest_bits(scores, bits))
+    )
+    return MaskRule(init, observe, selects, refresh_every, seed=seed, packed=packed, first=pattern)
 
 
 def empirical_fisher(

@@ -1,10 +1,12 @@
 """N:M masks: the best of every few consecutive entries along an axis."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
+from ssam_jax.masks import packing, selection, units
 from ssam_jax.masks import rows as layout
-from ssam_jax.masks import selection, units
 from ssam_jax.masks.rows import Rows
 from ssam_jax.masks.shards import Here, Lie, Shape, by_part
 
@@ -24,16 +26,23 @@ def best(leaves: list[jax.Array], grouped: list[bool], n: int, m: int, axis: int
 
 
 def drawn(
-    key: jax.Array, shapes: list[Shape], grouped: list[bool], n: int, m: int, axis: int
+    key: jax.Array, shapes: list[Shape], grouped: list[bool], n: int, m: int, axis: int, *, packed: bool
 ) -> list[jax.Array]:
-    """Return masks of ``n`` random ones of every ``m`` entries along an axis; True for leaves not grouped."""
+    """Return masks of ``n`` random ones of every ``m`` entries along an axis; True for leaves not grouped.
+
+    On a single device, those that are packed along the last axis can be returned so.
+    """
+    shapes = [shape for shape, there in zip(shapes, grouped) if there]
+    short = [
+        packed and axis % len(shape) == len(shape) - 1 and packing.runs_along_rows(shape) for shape in shapes
+    ]
 
     def local(here: Here, leaves: list[jax.Array], key_data: jax.Array) -> list[jax.Array]:
         del leaves
         rows = Rows(here, [part.moved(axis) for part in here.outputs], _width(m))
-        return _chosen(rows, units.random_keys(rows, key_data), n, m, axis)
+        return _chosen(rows, units.random_keys(rows, key_data), n, m, axis, short)
 
-    outputs = [Lie(shape, None, _grain(shape, m, axis)) for shape, there in zip(shapes, grouped) if there]
+    outputs = [Lie(shape, None, _grain(shape, m, axis)) for shape in shapes]
     found = by_part(local, [], [], outputs, jax.random.key_data(key)) if outputs else []
     return _among(grouped, found)
 
@@ -47,9 +56,13 @@ def _grain(shape: Shape, m: int, axis: int) -> Shape:
     return tuple(m if i == axis % len(shape) else 1 for i in range(len(shape)))
 
 
-def _chosen(rows: Rows, keys: jax.Array, n: int, m: int, axis: int) -> list[jax.Array]:
-    chosen = selection.largest_in_groups(keys, n, m)
-    return [jnp.moveaxis(mask, -1, axis) for mask in rows.parted(chosen, units.witness(keys))]
+def _chosen(
+    rows: Rows, keys: jax.Array, n: int, m: int, axis: int, packed: Sequence[bool] = ()
+) -> list[jax.Array]:
+    chosen, unknown = units.computed_once(selection.largest_in_groups(keys, n, m), keys)
+    whole = rows.shape[1] % packing.ROW_BITS == 0
+    words = packing.pack_rows(chosen) if whole and any(packed) else None
+    return [jnp.moveaxis(mask, -1, axis) for mask in rows.parted(chosen, unknown, words, packed)]
 
 
 def _among(grouped: list[bool], found: list[jax.Array]) -> list[jax.Array]:

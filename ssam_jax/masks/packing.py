@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ssam_jax._base import shardings, trees
@@ -23,6 +24,9 @@ from ssam_jax.typing import Mask
 AXES = {8: -1, 16: -2, 32: -3}
 """The axis along which words of so many bits run. Other leaves, all short ones among them, stay bool."""
 
+ROW_BITS = 8
+"""The bits of words along the last axis."""
+
 TOGETHER = 8
 """Along the axis a leaf must have a multiple of so many words: a mesh divides words, not the bits of one."""
 
@@ -31,10 +35,9 @@ WIDTH = 1024
 
 
 def pack(mask: Mask) -> Mask:
-    """Return a tree of bool arrays with those packed whose shape allows it.
+    """Return a tree of bool arrays with those packed whose shape allows it; those that are, stay so.
 
-    The axis is the one whose number of words has the largest power of two in it, so that most meshes divide
-    them; of equal ones the later.
+    The axis is the last that is a multiple of 8 words, of as many bits as `AXES` says.
 
     Returns:
       uint8, uint16 or uint32 arrays, shorter along one axis by the bits of a word. Bit ``j`` of word
@@ -45,6 +48,8 @@ def pack(mask: Mask) -> Mask:
     """
 
     def packed(path: str, leaf: jax.Array) -> jax.Array:
+        if _bits(leaf) > 1:
+            return leaf
         bits = word_bits(leaf.shape)
         _check_words_stay_whole(path, leaf, bits)
         return _packed(leaf, bits)
@@ -53,8 +58,36 @@ def pack(mask: Mask) -> Mask:
 
 
 def pack_like(mask: Mask, like: Mask) -> Mask:
-    """Return the mask packed as another one is, leaf by leaf."""
+    """Return the mask packed as another one is, leaf by leaf; leaves that are packed already stay so."""
     return jax.tree.map(lambda leaf, other: _packed(leaf, _bits(other)), mask, like)
+
+
+def runs_along_rows(shape: Sequence[int]) -> bool:
+    """Whether a leaf of a shape is packed along its last axis, so that words are in row-major order."""
+    return word_bits(shape) == ROW_BITS
+
+
+def packed_along_rows(leaf: jax.Array) -> bool:
+    """Whether a leaf is packed along its last axis."""
+    return _bits(leaf) == ROW_BITS
+
+
+def pack_rows(x: jax.Array) -> jax.Array:
+    """Pack bools of shape (rows, width), of a width of whole words, along the rows."""
+    words = x.reshape(x.shape[0], x.shape[1] // ROW_BITS, ROW_BITS).astype(jnp.uint8)
+    return jnp.sum(words << lax.broadcasted_iota(jnp.uint8, words.shape, 2), axis=2, dtype=jnp.uint8)
+
+
+def unpack_rows(words: jax.Array) -> jax.Array:
+    """Undo `pack_rows`."""
+    place = lax.broadcasted_iota(jnp.uint8, (*words.shape, ROW_BITS), 2)
+    split = words[..., None] & (np.uint8(1) << place)
+    return (split != 0).reshape(words.shape[0], words.shape[1] * ROW_BITS)
+
+
+def unpack_but_rows(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Return leaves of a mask, those unpacked that are not packed along their last axis."""
+    return [leaf if packed_along_rows(leaf) else _unpacked(leaf) for leaf in leaves]
 
 
 def unpack(mask: Mask) -> Mask:
@@ -80,7 +113,21 @@ def churn(old: Mask, new: Mask) -> jax.Array:
     Returns:
       A float32 scalar, 0 if no entry of ``new`` is True.
     """
-    came, active = shardings.computed_everywhere(_came_and_active, old, new)
+    return _share(*shardings.computed_everywhere(_came_and_active, old, new))
+
+
+def churn_of_rows(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Return the same for masks as packed rows, of shape (rows, words)."""
+    came, active = (lax.population_count(x).astype(jnp.float32) for x in (new & ~old, new))
+    ones = jnp.ones(new.shape[1]), jnp.ones(new.shape[0])
+    both = came * 2.0**12 + active  # of a word at most eight, of a row at most 2**11: exact
+    by_row = jnp.matmul(both, ones[0], precision="highest")
+    came = jnp.floor(by_row / 2.0**12)
+    columns = jnp.stack([came, by_row - came * 2.0**12], axis=1)
+    return _share(*jnp.matmul(ones[1], columns, precision="highest"))
+
+
+def _share(came: jax.Array, active: jax.Array) -> jax.Array:
     return jnp.where(active > 0, came / jnp.maximum(active, 1), 0)
 
 
@@ -119,14 +166,10 @@ def _bytes(here: Here, parts: list[jax.Array], first: int, last: int) -> jax.Arr
 
 def word_bits(shape: Sequence[int]) -> int:
     """Return how many bits the words of a packed leaf of a shape have; 1 if it is not packed."""
-    words = {
-        bits: shape[axis] // bits
-        for bits, axis in AXES.items()
-        if len(shape) >= -axis and not shape[axis] % bits
-    }
-    largest = {bits: count & -count for bits, count in words.items()}  # power of two that divides them
-    fitting = {bits: power for bits, power in largest.items() if power >= TOGETHER}
-    return max(fitting, key=fitting.__getitem__, default=1)
+    for bits, axis in AXES.items():
+        if len(shape) >= -axis and shape[axis] and not shape[axis] % (bits * TOGETHER):
+            return bits
+    return 1
 
 
 def _check_words_stay_whole(path: str, leaf: jax.Array, bits: int) -> None:
@@ -153,7 +196,7 @@ def _bits(leaf: Any) -> int:
 
 
 def _packed(leaf: jax.Array, bits: int) -> jax.Array:
-    return leaf if bits == 1 else _words(leaf, bits)
+    return leaf if bits == 1 or _bits(leaf) > 1 else _words(leaf, bits)
 
 
 def _unpack(mask: Mask) -> Mask:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings, trees
-from ssam_jax.masks import groups, hashing, units
+from ssam_jax.masks import groups, hashing, packing, units
 from ssam_jax.masks.units import Units
 from ssam_jax.typing import Mask, Params, Scores
 
@@ -46,7 +46,7 @@ class Pattern(abc.ABC):
         return self(shardings.computed_like(params, draw, key))
 
 
-class _Compiled(Pattern):
+class CompiledPattern(Pattern):
     """A pattern that is compiled once for trees of some shapes, also where the caller uses no ``jit``."""
 
     def __call__(self, scores: Scores) -> Mask:
@@ -61,21 +61,26 @@ class _Compiled(Pattern):
         check_key(key)
         return shardings.computed_like(params, self._any, key)
 
+    def random_bits(self, key: jax.Array, params: Params, *, packed: bool) -> Mask:
+        """Return a random mask, packed if asked for; on a single device."""
+        mask = self._any(params, key, packed=packed)
+        return packing.pack(mask) if packed else mask
+
     @abc.abstractmethod
     def _best(self, scores: Scores) -> Mask:
         """Return the mask that keeps the largest scores."""
 
     @abc.abstractmethod
-    def _any(self, params: Params, key: jax.Array) -> Mask:
-        """Return a random mask."""
+    def _any(self, params: Params, key: jax.Array, *, packed: bool = False) -> Mask:
+        """Return a random mask, if asked for with those leaves packed that are along their last axis."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _best(pattern: _Compiled, scores: Scores) -> Mask:
+def _best(pattern: CompiledPattern, scores: Scores) -> Mask:
     return shardings.computed_like(scores, pattern._best)
 
 
-class UnitPattern(_Compiled):
+class UnitPattern(CompiledPattern):
     """A pattern that keeps or leaves units (entries, slices, blocks or tensors) to reach a density.
 
     A unit's score is the mean over its entries. Every unit of one leaf has the same size.
@@ -88,8 +93,8 @@ class UnitPattern(_Compiled):
         found = units.best(leaves, self.units(scores), self.sparsity, shared=self.shared)
         return jax.tree.unflatten(treedef, found)
 
-    def _any(self, params: Params, key: jax.Array) -> Mask:
-        found = units.drawn(key, self.units(params), self.sparsity, shared=self.shared)
+    def _any(self, params: Params, key: jax.Array, *, packed: bool = False) -> Mask:
+        found = units.drawn(key, self.units(params), self.sparsity, shared=self.shared, packed=packed)
         return jax.tree.unflatten(jax.tree.structure(params), found)
 
     def units(self, params: Params) -> list[Units]:
@@ -133,6 +138,15 @@ class Unstructured(UnitPattern):
 
     def units_of(self, shape: tuple[int, ...]) -> Units:
         return Units(shape, (1,) * len(shape), shape)
+
+    def largest_bits(self, scores: Scores, bits: Mask) -> tuple[Mask, jax.Array]:
+        """Return the mask that keeps the largest scores, packed as another one is, and its churn.
+
+        On a single device.
+        """
+        leaves, old = jax.tree.leaves(scores), jax.tree.leaves(bits)
+        new, churn = units.best_entries(leaves, old, self.units(scores), self.sparsity, shared=self.shared)
+        return jax.tree.unflatten(jax.tree.structure(bits), new), churn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +247,7 @@ class Structured(UnitPattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class NM(_Compiled):
+class NM(CompiledPattern):
     """Keep exactly the ``n`` largest of every ``m`` consecutive entries along an axis.
 
     Leaves of rank below 2 (biases, norm scales) are perturbed whole: their mask is a scalar True.
@@ -268,13 +282,15 @@ class NM(_Compiled):
     def _best(self, scores: Scores) -> Mask:
         leaves, treedef = jax.tree.flatten(scores)
         grouped = _on_each_leaf(lambda leaf: self._groups(leaf.shape), scores)
-        return jax.tree.unflatten(treedef, groups.best(leaves, grouped, self.n, self.m, self.axis))
+        found = groups.best(leaves, grouped, self.n, self.m, self.axis)
+        return jax.tree.unflatten(treedef, found)
 
-    def _any(self, params: Params, key: jax.Array) -> Mask:
+    def _any(self, params: Params, key: jax.Array, *, packed: bool = False) -> Mask:
         leaves, treedef = jax.tree.flatten(params)
         grouped = _on_each_leaf(lambda leaf: self._groups(jnp.shape(leaf)), params)
         shapes = [jnp.shape(leaf) for leaf in leaves]
-        return jax.tree.unflatten(treedef, groups.drawn(key, shapes, grouped, self.n, self.m, self.axis))
+        found = groups.drawn(key, shapes, grouped, self.n, self.m, self.axis, packed=packed)
+        return jax.tree.unflatten(treedef, found)
 
     def _groups(self, shape: tuple[int, ...]) -> bool:
         """Return whether a leaf is grouped, and not perturbed whole."""

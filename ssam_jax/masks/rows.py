@@ -5,20 +5,21 @@ padded to whole rows; which array a row belongs to is known while tracing.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ssam_jax.masks import hashing
+from ssam_jax.masks import hashing, packing
 from ssam_jax.masks.shards import Here, Part
 
 WIDTH = 1024
 """Entries of a row: one more row for each small array costs little, and there is little to add up."""
 
 BLOCK = 128
-"""Rows that are added up at once, before the sums of blocks are. Empty rows fill the last."""
+"""Rows that are added up at once, before the sums of blocks are."""
 
 FEW = 4 * BLOCK
 """Rows up to which they are a single block."""
@@ -38,45 +39,61 @@ class Rows:
         self.sizes = [math.prod(part.local) for part in parts]
         self.wholes = [math.prod(part.whole) for part in parts]
         counts = [-(-size // width) for size in self.sizes]
-        spare = -sum(counts) % BLOCK if sum(counts) > FEW else 0
         self._ends = np.cumsum(counts, dtype=np.int64).astype(np.int32)
         self._firsts = self._ends - np.array(counts, np.int32)
-        owner = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
-        self._owner = np.pad(owner, (0, spare), mode="edge")
+        self._owner = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
         self.shape = (len(self._owner), width)
 
     def joined(self, arrays: list[jax.Array]) -> jax.Array:
-        """Return the rows of arrays of one dtype, zeros where they are padded."""
+        """Return the rows of arrays of one dtype, anything where they are padded."""
         pieces = []
         for x, size in zip(arrays, self.sizes):
-            pieces.append(x.reshape(-1))
-            if size % self.shape[1]:
-                pieces.append(jnp.zeros(-size % self.shape[1], x.dtype))
-        spare = self.shape[0] - self._ends[-1]
-        if spare:
-            pieces.append(jnp.zeros(spare * self.shape[1], x.dtype))
+            pieces += [x.reshape(-1), _padding(-size % self.shape[1], x.dtype)]
         return jnp.concatenate(pieces).reshape(self.shape)
 
-    def parted(self, x: jax.Array, witness: jax.Array) -> list[jax.Array]:
-        """Return the arrays whose rows these are: undo `joined`.
+    def joined_words(self, masks: list[jax.Array]) -> jax.Array:
+        """Return packed rows of masks, of which some are packed along their last axis."""
+        words, width = [], self.shape[1]
+        for mask, size in zip(masks, self.sizes):
+            if packing.packed_along_rows(mask):
+                words += [mask.reshape(-1), _padding(-size % width // packing.ROW_BITS, mask.dtype)]
+            else:
+                padded = jnp.pad(mask.reshape(-1), (0, -size % width))
+                words.append(packing.pack_rows(padded.reshape(-1, width)).reshape(-1))
+        return jnp.concatenate(words).reshape(self.shape[0], -1)
 
-        The compiler makes one kernel for all arrays of a shape, but only if where they start is not known to
-        it. A conditional hides it, whose predicate is always true, and keeps the rows from being computed
-        anew for each array.
+    def parted(
+        self, x: jax.Array, unknown: jax.Array, words: jax.Array | None = None, packed: Sequence[bool] = ()
+    ) -> list[jax.Array]:
+        """Return the arrays whose rows these are: undo `joined`.
 
         Args:
           x: the rows, of bool.
-          witness: a bool that is True, which the compiler does not know.
+          unknown: a bool that is True, which the compiler does not know.
+          words: the same rows packed, if any arrays are wanted so.
+          packed: which arrays to return packed along their last axis; none, if it is empty.
         """
         if not self.shape[0]:
             return [jnp.zeros(part.local, x.dtype) for part in self._parts]
-        starts = tuple(self._firsts.astype(np.uint32))  # which may not be negative, and need no test of it
-        nowhere = tuple(np.uint32(0) for _ in starts)
-        hidden, x = lax.cond(witness, lambda x: (starts, x), lambda x: (nowhere, ~x), x)
         found = []
-        for start, size, part in zip(hidden, self.sizes, self._parts):
-            rows = lax.dynamic_slice_in_dim(x, start, -(-size // self.shape[1]))
-            found.append(rows.reshape(-1)[:size].reshape(part.local))
+        short = packed or [False] * len(self.sizes)
+        for first, size, part, in_words in zip(self._hidden_firsts(unknown), self.sizes, self._parts, short):
+            source, each, shape = x, 1, part.local
+            if in_words and words is not None:
+                source, each = words, packing.ROW_BITS
+                shape = (*shape[:-1], shape[-1] // each)
+            rows = lax.dynamic_slice_in_dim(source, first, -(-size // self.shape[1]))
+            found.append(rows.reshape(-1)[: size // each].reshape(shape))
+        return found
+
+    def _hidden_firsts(self, unknown: jax.Array) -> tuple[jax.Array, ...]:
+        """Return in which rows the arrays begin, uint32 scalars that the compiler does not know.
+
+        It makes one kernel for all arrays of a shape, but only if their places are no constants to it.
+        """
+        firsts = tuple(self._firsts.astype(np.uint32))  # which may not be negative, and need no test of it
+        nowhere = tuple(np.uint32(0) for _ in firsts)
+        found: tuple[jax.Array, ...] = lax.cond(unknown, lambda: firsts, lambda: nowhere)
         return found
 
     def spread(self, by_array: jax.Array) -> jax.Array:
@@ -116,11 +133,26 @@ class Rows:
         salts = (self.spread(salt)[:, None] for salt in hashing.salts(key_data, len(self._parts)))
         return hashing.bits(self.index(), *salts)
 
+    def order(self) -> jax.Array:
+        """Return for each row how many arrays there are from its own to the last, uint32 of shape (rows,)."""
+        return jnp.asarray((len(self._parts) - self._owner).astype(np.uint32))
+
+    def total(self, by_row: jax.Array) -> jax.Array:
+        """Add up int32 of all rows over all devices: (rows, ...) to (...)."""
+        counted = jnp.ones(len(self._owner), jnp.int32)
+        if self._here.axes:
+            first = np.stack([part.first() for part in self._parts], axis=1)[:, self._owner]
+            counted = self._here.mine(first.astype(np.int32))
+        # As a product, which needs no kernel of its own.
+        return self._here.total(jnp.tensordot(counted, by_row, axes=1))
+
     def sums(self, by_row: jax.Array) -> jax.Array:
         """Add up int32 by array over all devices: (rows, ...) to (arrays, ...)."""
         shape = by_row.shape[1:]
-        block = BLOCK if self.shape[0] > FEW else self.shape[0]
-        blocks = by_row.reshape(-1, block, math.prod(shape))
+        block = BLOCK if self.shape[0] > FEW else max(1, self.shape[0])
+        spare = -self.shape[0] % block
+        blocks = jnp.pad(by_row.reshape(-1, math.prod(shape)), ((0, spare), (0, 0)))
+        blocks = blocks.reshape(-1, block, math.prod(shape))
         # Rows before an end, by blocks and then within the last; sums may wrap around, differences do not.
         ends = np.concatenate([[0], self._ends]).astype(np.int32)
         before = np.arange(len(blocks)) < (ends // block)[:, None]
@@ -140,6 +172,11 @@ class Rows:
         """Return each row's first entry's index in its part, int32 of shape (rows,)."""
         row = lax.iota(jnp.int32, self.shape[0])
         return (row - self.spread(jnp.asarray(self._firsts))) * self.shape[1]
+
+
+def _padding(size: int, dtype: jnp.dtype) -> jax.Array:
+    """Return so many numbers. The compiler would make a kernel for equal ones."""
+    return jnp.asarray(np.arange(size) % 2, dtype)
 
 
 def _merged(parts: list[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings, trees
-from ssam_jax.masks import packing
+from ssam_jax.masks import hashing, packing, shards
 from ssam_jax.masks.drawing import random_bits
 from ssam_jax.masks.fitting import OTHER_STATE, check_mask, check_pattern
 from ssam_jax.masks.patterns import Pattern
@@ -90,6 +90,25 @@ class MaskRule:
             check_pattern(self.first)
 
 
+@dataclasses.dataclass(frozen=True)
+class OnBits:
+    """A ``select`` that on a single device needs no bools in between, so that it takes fewer kernels.
+
+    Attributes:
+      select: as that of `MaskRule`.
+      bits: ``bits(memory, bits, params, key, step) -> (bits, churn)``, the same for a packed mask.
+    """
+
+    select: Select
+    bits: Callable[[PyTree, Mask, Params, jax.Array, jax.Array], tuple[Mask, jax.Array]]
+
+    def __call__(
+        self, memory: PyTree, mask: Mask | None, params: Params, key: jax.Array, step: jax.Array
+    ) -> Mask:
+        """Select a mask of bools."""
+        return self.select(memory, mask, params, key, step)
+
+
 class MaskState(NamedTuple):
     """What a carrier keeps for a mask rule.
 
@@ -167,8 +186,11 @@ def _refreshed(
     """Return the bits and the churn of the mask after a step."""
 
     def refresh() -> tuple[Mask, jax.Array]:
-        old, key = state.mask, jax.random.wrap_key_data(state.key)
-        new = _selected(rule, state.memory, old, params, jax.random.fold_in(key, step + 1), step)
+        key = jax.random.wrap_key_data(hashing.folded(state.key, step + 1))
+        if isinstance(rule.select, OnBits) and shards.single() and jax.sharding.get_abstract_mesh().empty:
+            return rule.select.bits(state.memory, state.bits, params, key, step)
+        old = state.mask
+        new = _selected(rule, state.memory, old, params, key, step)
         trees.check_same_shapes(new, old, "the mask that select returns", "the one in the state", OTHER_STATE)
         new = jax.tree.map(shardings.alike, new, old)
         bits = packing.pack_like(new, state.bits)

@@ -5,8 +5,8 @@ unsigned integers of the same order, and a bracket ``low <= key < high`` around 
 eightfold with every pass over the data: each pass counts, per array, the keys at or above seven
 pivots. Only those counts leave a device, in one collective a pass, whatever the number of arrays.
 A search over 32-bit keys takes at most 11 passes, and ends as soon as a pivot splits off exactly k.
-Where equal keys are left that cannot all be taken, they are searched once more, by their index: the same
-loop, compiled once.
+Where equal keys are left that cannot all be taken, they are searched by the number of their array, and
+then by their index in it: the same loop, compiled once.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssam_jax.masks.counts import LARGEST_LEAF, Count
+from ssam_jax.masks.counts import Count
 from ssam_jax.masks.rows import Rows
 
 PIVOTS = 7
@@ -53,18 +53,17 @@ def comparable_keys(scores: list[jax.Array]) -> list[jax.Array]:
 
 
 class Accounts(NamedTuple):
-    """What is to be selected, with a row for each array and a column for each class of its entries.
+    """What is to be selected. Each account has a row, and a column for each class of its entries.
 
     Attributes:
-      candidates: int32, how many entries there are to choose from.
+      candidates: what all the entries to choose from weigh.
       weights: what one entry of each array weighs, so that an array weighs less than 2**31.
-      budget: the weight to reach; at most that of all candidates. With unit weights it is the number of
+      budget: the weight to reach, at most that of the candidates. With unit weights it is the number of
         entries marked.
-      shared: whether all arrays compete for one budget (every row of ``budget`` is then the same)
-        or each has its own.
+      shared: whether all arrays have one account, or each its own.
     """
 
-    candidates: jax.Array
+    candidates: Count
     weights: list[int]
     budget: Count
     shared: bool
@@ -83,29 +82,27 @@ def largest(rows: Rows, keys: jax.Array, accounts: Accounts, second: jax.Array |
       Rows of bool. Among equal keys those in earlier arrays, and within an array those of lower row-major
       index, are marked first.
     """
-    mark = most(keys.dtype) - 1
-    weighted = any(weight != 1 for weight in accounts.weights)
-    weights = jnp.array(accounts.weights, jnp.int32)[:, None]
+    arrays, longest, mark = len(rows.wholes), max(rows.wholes), most(keys.dtype) - 1
+    # What entries compete by: their keys, then the number of their array, then their index in it.
+    ranges = jnp.array([0, arrays, longest] if accounts.shared else [0, longest], jnp.uint32)
 
-    def phase(i: jax.Array, carry: tuple[jax.Array, jax.Array, Count, jax.Array]) -> Any:
+    def phase(i: jax.Array, carry: tuple[jax.Array, Count, jax.Array]) -> Any:
         """Search; then make the ties the only keys that differ, in the order in which they are taken."""
-        keys, candidates, budget, more = carry
-        first = i == 0  # the second time, of indices, each array has its own budget, of entries
-        weight = jnp.where(first, weights, 1) if weighted else None
-        shared = _Shared.of(len(accounts.weights), first) if accounts.shared else None
-        found = _search(_Problem(rows, keys, second, weight, budget, shared), candidates, more)
-        tied = found.at_low - found.at_high
-        take = _share_out(budget, found, tied, weight, shared)
-        low, high = _of_entries(rows, jnp.stack([found.low, found.high], axis=2), second)
+        keys, candidates, more = carry
+        high = jnp.where(i == 0, most(keys.dtype), ranges[i].astype(keys.dtype) + 1)
+        found = _search(_Problem(rows, keys, second, accounts), candidates, high, more)
+        exact = accounts.budget.at_least(found.at_low)
         # The zero is of the loop, and keeps what is made of it out of memory.
-        order = jnp.uint32(LARGEST_LEAF + 1) - rows.index(i)
+        order = jnp.uint32(longest) - rows.index(jnp.minimum(i, 0))
+        if accounts.shared:
+            order = jnp.where(i == 0, rows.order()[:, None], order)
+        chosen = jnp.where(exact | (i == len(ranges) - 1), found.low, found.high)
+        low, surely = _of_entries(accounts, rows, jnp.stack([found.low, chosen], axis=2), second)
         marked = jnp.where(keys >= low, order.astype(keys.dtype), jnp.zeros_like(keys))
-        marked = jnp.where(keys >= high, mark, marked)
-        at_low, at_high = (x if weight is None else lax.div(x, weight) for x in (found.at_low, found.at_high))
-        return marked, at_low, budget.like(at_high + take), jnp.any(at_high + take < at_low)
+        return jnp.where(keys >= surely, mark, marked), found.at_low, ~jnp.all(exact)
 
-    start = keys, accounts.candidates, accounts.budget, jnp.array(True)
-    return lax.fori_loop(0, 2, phase, start)[0] != 0
+    start = keys, accounts.candidates, jnp.array(True)
+    return lax.fori_loop(0, len(ranges), phase, start)[0] == mark
 
 
 def largest_in_groups(keys: jax.Array, n: int, m: int) -> jax.Array:
@@ -128,26 +125,6 @@ def largest_in_groups(keys: jax.Array, n: int, m: int) -> jax.Array:
     return (rank < n).reshape(keys.shape)
 
 
-class _Shared(NamedTuple):
-    """Which arrays compete for one budget, as matrices by which counts are added up.
-
-    Attributes:
-      everywhere: int32 of shape (arrays, arrays), 1 for those that compete, an array with itself too.
-      before: 1 for those that compete, where the second comes before the first.
-    """
-
-    everywhere: jax.Array
-    before: jax.Array
-
-    @classmethod
-    def of(cls, arrays: int, together: jax.Array) -> "_Shared":
-        """Return that all arrays compete, or none."""
-        row, column = (lax.broadcasted_iota(jnp.int32, (arrays, arrays), axis) for axis in (0, 1))
-        return cls(
-            ((row == column) | together).astype(jnp.int32), ((column < row) & together).astype(jnp.int32)
-        )
-
-
 class _Problem(NamedTuple):
     """What a search is given.
 
@@ -155,84 +132,72 @@ class _Problem(NamedTuple):
       rows: what the arrays are.
       keys: their rows.
       second: which entries belong to the second class; None if there is one class.
-      weight: of one entry, int32 of shape (arrays, 1); None if all are 1.
-      budget: the weight to reach, of shape (arrays, classes).
-      shared: which arrays have one budget; None if each has its own.
+      accounts: what to mark.
     """
 
     rows: Rows
     keys: jax.Array
     second: jax.Array | None
-    weight: jax.Array | None
-    budget: Count
-    shared: _Shared | None
+    accounts: Accounts
 
 
 class _Bracket(NamedTuple):
-    """What is known of each account's threshold, of shape (arrays, classes).
+    """What is known of each account's threshold, of shape (accounts, classes).
 
-    The weight at or above ``low`` reaches the budget, that at or above ``high`` does not. ``exact`` says that
-    the former is the budget.
+    The weight at or above ``low``, which is ``at_low``, reaches the budget; that at or above ``high`` does
+    not.
     """
 
     low: jax.Array
     high: jax.Array
-    at_low: jax.Array
-    at_high: jax.Array
-    exact: jax.Array
+    at_low: Count
 
 
-def _search(problem: _Problem, candidates: jax.Array, more: jax.Array) -> _Bracket:
+def _search(problem: _Problem, candidates: Count, high: jax.Array, more: jax.Array) -> _Bracket:
     """Shrink the bracket until ``low`` splits off the exact budget or holds a single key.
 
     Args:
       problem: what is searched.
-      candidates: the number of all, int32 of shape (arrays, classes).
+      candidates: the weight of all entries whose key is not 0.
+      high: a key above all those that are not marked yet.
       more: a bool, whether there is anything to be found: not if all candidates are wanted.
     """
-    rows, keys, _, weight, budget, shared = problem
-    dtype, bits = keys.dtype, PIVOTS.bit_length()
-
-    def over_arrays(count: jax.Array) -> Count:
-        own = budget.like(count)
-        return own if shared is None else own.summed(shared.everywhere)
+    dtype, bits = problem.keys.dtype, PIVOTS.bit_length()
+    budget = problem.accounts.budget
 
     def shrink(carry: tuple[_Bracket, jax.Array]) -> tuple[_Bracket, jax.Array]:
-        b = _Bracket(*(x[..., None] for x in carry[0]))
-        width, part = b.high - b.low, jnp.arange(1, PIVOTS + 1, dtype=dtype)[None, None]
-        offset = (width >> bits) * part + ((width & PIVOTS) * part >> bits)  # 1/8 to 7/8 of the width
-        pivots = b.low + offset
-        found = rows.sums(_count_at_least(problem, pivots))
-        found = found if weight is None else found * weight[..., None]
-        reached = over_arrays(found)
-        wanted = budget.of_pivots()
-        enough = reached.at_least(wanted)
-        # Counts fall as pivots rise: those of the nearest pivot on either side are the nearest.
-        candidates = _Bracket(
-            jnp.where(enough, pivots, b.low),
-            jnp.where(enough, b.high, pivots),
-            jnp.where(enough, found, b.at_low),
-            jnp.where(enough, b.at_high, found),
-            b.exact | (enough & wanted.at_least(reached)),
+        low, high = (x[..., None] for x in carry[0][:2])
+        width, part = high - low, jnp.arange(1, PIVOTS + 1, dtype=dtype)[None, None]
+        pivots = low + (width >> bits) * part + ((width & PIVOTS) * part >> bits)  # 1/8 to 7/8 of the width
+        reached = _weight_at_least(problem, pivots)
+        enough = reached.at_least(budget.of_pivots())
+        nearest = _nearest(
+            _Bracket(
+                jnp.where(enough, pivots, low),
+                jnp.where(enough, high, pivots),
+                carry[0].at_low.of_pivots().where(enough, reached),
+            )
         )
-        nothing = jnp.zeros((), dtype), most(dtype), jnp.int32(LARGEST_LEAF), jnp.int32(0), jnp.array(False)
-        nearest = _Bracket(*lax.reduce(tuple(candidates), nothing, _nearest, (2,)))
-        return nearest, jnp.any((nearest.high - nearest.low > 1) & ~nearest.exact)
+        exact = budget.at_least(nearest.at_low)
+        return nearest, jnp.any((nearest.high - nearest.low > 1) & ~exact)
 
-    shape = candidates.shape
-    start = _Bracket(
-        jnp.ones(shape, dtype),
-        jnp.full(shape, most(dtype), dtype),
-        candidates if weight is None else candidates * weight,
-        jnp.zeros(shape, jnp.int32),
-        jnp.zeros(shape, bool),
-    )
+    shape = candidates.low.shape
+    start = _Bracket(jnp.ones(shape, dtype), jnp.full(shape, high), candidates)
     return lax.while_loop(lambda carry: carry[1], shrink, (start, more))[0]
 
 
-def _nearest(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    ways = jnp.maximum, jnp.minimum, jnp.minimum, jnp.maximum, jnp.logical_or
-    return tuple(way(x, y) for way, x, y in zip(ways, a, b))
+def _nearest(brackets: _Bracket) -> _Bracket:
+    """Return the narrowest bracket along the last axis."""
+    leaves, treedef = jax.tree.flatten(brackets)
+
+    def narrower(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        at_low = (jnp.where(a[0] >= b[0], x, y) for x, y in zip(a[2:], b[2:]))
+        return jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1]), *at_low
+
+    dtype = brackets.low.dtype
+    nothing = jnp.zeros((), dtype), most(dtype), *(jnp.int32(0) for _ in leaves[2:])
+    found: _Bracket = jax.tree.unflatten(treedef, lax.reduce(tuple(leaves), nothing, narrower, (2,)))
+    return found
 
 
 def most(dtype: Any) -> jax.Array:
@@ -240,14 +205,29 @@ def most(dtype: Any) -> jax.Array:
     return ~jnp.zeros((), dtype)
 
 
-def _of_entries(rows: Rows, by_account: jax.Array, second: jax.Array | None) -> list[jax.Array]:
-    """Return for each of some values by array and class, (arrays, classes, values), those of all entries."""
-    by_row = rows.spread(by_account)
+def _of_entries(
+    accounts: Accounts, rows: Rows, by_account: jax.Array, second: jax.Array | None
+) -> list[jax.Array]:
+    """Return some values by account and class, (accounts, classes, values), each for all entries."""
+    by_row = by_account if accounts.shared else rows.spread(by_account)
     found = []
     for i in range(by_account.shape[2]):
         value = by_row[:, :1, i]
         found.append(value if second is None else jnp.where(second, by_row[:, 1:, i], value))
     return found
+
+
+def _weight_at_least(problem: _Problem, pivots: jax.Array) -> Count:
+    """Return what the entries weigh that are at or above each pivot, of shape (accounts, classes, pivots)."""
+    rows, accounts = problem.rows, problem.accounts
+    by_row, weighted = _count_at_least(problem, pivots), any(weight != 1 for weight in accounts.weights)
+    if accounts.shared and not weighted and accounts.budget.high is None:
+        return Count(None, rows.total(by_row)[None])
+    found = rows.sums(by_row)
+    if weighted:
+        found *= jnp.array(accounts.weights, jnp.int32)[:, None, None]
+    each = accounts.budget.like(found)
+    return each.total() if accounts.shared else each
 
 
 def _count_at_least(problem: _Problem, pivots: jax.Array) -> jax.Array:
@@ -256,8 +236,8 @@ def _count_at_least(problem: _Problem, pivots: jax.Array) -> jax.Array:
     One reduction with an operand for each pivot reads the keys once; separate sums read them once
     each. Both classes are counted in one number: a row has fewer than 2**16 entries.
     """
-    rows, keys, second, *_ = problem
-    above = [(keys >= p).astype(jnp.int32) for p in _of_entries(rows, pivots, second)]
+    rows, keys, second, accounts = problem
+    above = [(keys >= p).astype(jnp.int32) for p in _of_entries(accounts, rows, pivots, second)]
     if second is not None:
         above = [jnp.where(second, one << 16, one) for one in above]
 
@@ -266,20 +246,3 @@ def _count_at_least(problem: _Problem, pivots: jax.Array) -> jax.Array:
 
     found = jnp.stack(lax.reduce(tuple(above), (jnp.int32(0),) * len(above), add, (1,)), axis=1)
     return found[:, None] if second is None else jnp.stack([found & 0xFFFF, found >> 16], axis=1)
-
-
-def _share_out(
-    budget: Count,
-    bracket: _Bracket,
-    ties: jax.Array,
-    weight: jax.Array | None,
-    shared: "_Shared | None",
-) -> jax.Array:
-    """Return how many tied entries each account may mark, int32 of shape (arrays, classes), earlier first."""
-    spent = budget.like(bracket.at_high)
-    if shared is not None:
-        spent = spent.summed(shared.everywhere).plus(budget.like(ties).summed(shared.before))
-    owed = jnp.minimum(budget.minus(spent).clipped(), ties)
-    if weight is None:
-        return owed
-    return lax.div(owed, weight) + (lax.rem(owed, weight) > 0).astype(jnp.int32)

@@ -136,9 +136,20 @@ def by_part(
         here = Here([Part.of(x.shape, None) for x in inputs], [Part.of(x.shape, None) for x in outputs], ())
         return fn(here, list(args[: len(inputs)]), *args[len(inputs) :])
 
-    if jax.device_count() == 1 or _within_shard_map() or _undivided():
+    if single() or _within_shard_map() or _undivided() or _op_by_op():
         return alone(*arrays, *everywhere)
     return _Divided(fn, alone, tuple(inputs), tuple(outputs), ()).call(*arrays, *map(_named, everywhere))
+
+
+def single() -> bool:
+    """Whether there is one device, on which every part is a whole."""
+    return jax.device_count() == 1
+
+
+def _op_by_op() -> bool:
+    """Whether ``jax.disable_jit`` is in force, under which nothing is compiled, and so nothing divided."""
+    disabled: bool = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    return disabled
 
 
 def _within_shard_map() -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssam_jax._base import trees
-from ssam_jax.masks import selection
+from ssam_jax.masks import packing, selection, shuffling
 from ssam_jax.masks.counts import LARGEST_LEAF, Count
 from ssam_jax.masks.rows import Rows
 from ssam_jax.masks.shards import Here, Lie, Part, Shape, by_part
@@ -43,6 +43,11 @@ class Units(NamedTuple):
         """How far a unit reaches in a mask."""
         return self.extents if self.mask == self.whole else (1,) * len(self.mask)
 
+    @property
+    def packs_in_rows(self) -> bool:
+        """Whether units are entries, and their mask is packed along its last axis."""
+        return self.size == 1 and packing.runs_along_rows(self.mask)
+
     def lie(self) -> Lie:
         """Return how the leaf is to lie: with whole units on a device, but for those as long as an axis."""
         grain = (1 if extent == size else extent for extent, size in zip(self.extents, self.whole))
@@ -58,15 +63,66 @@ def best(leaves: list[jax.Array], units: list[Units], sparsity: float, *, shared
     def local(here: Here, leaves: list[jax.Array]) -> list[jax.Array]:
         rows = Rows(here, [part.coarser(u.extents) for part, u in zip(here.inputs, units)])
         keys = keys_of(rows, means(here, leaves, units))
-        return _chosen(rows, keys, units, _accounts(units, sparsity, shared=shared))
+        chosen = selection.largest(rows, keys, _accounts(units, sparsity, shared=shared))
+        return expanded(rows, chosen, keys, units)
 
     inputs = [u.lie() for u in units]
     outputs = [Lie(u.mask, i) for i, u in enumerate(units)]
     return by_part(local, leaves, inputs, outputs)
 
 
-def drawn(key: jax.Array, units: list[Units], sparsity: float, *, shared: bool) -> list[jax.Array]:
-    """Return masks of random units."""
+def best_entries(
+    leaves: list[jax.Array], old: list[jax.Array], units: list[Units], sparsity: float, *, shared: bool
+) -> tuple[list[jax.Array], jax.Array]:
+    """Return what `best` does where units are entries, packed as an old mask is; and the churn.
+
+    On a single device, where it takes fewer kernels.
+    """
+    if nothing(units):
+        return old, jnp.zeros((), jnp.float32)
+    check_countable(units)
+    rows = entries(units)
+    keys = keys_of(rows, leaves)
+    chosen = selection.largest(rows, keys, _accounts(units, sparsity, shared=shared))
+    return packed_like(rows, chosen, keys, units, old, rows.joined_words(packing.unpack_but_rows(old)))
+
+
+def entries(units: list[Units]) -> Rows:
+    """Return the rows of leaves on a single device."""
+    return Rows(Here([], [], ()), [Part.of(u.whole, None) for u in units])
+
+
+def packed_like(
+    rows: Rows,
+    chosen: jax.Array,
+    keys: jax.Array,
+    units: list[Units],
+    old: list[jax.Array],
+    old_words: jax.Array,
+) -> tuple[list[jax.Array], jax.Array]:
+    """Return masks of the entries chosen, packed as the old ones, and the churn."""
+    words = packing.pack_rows(chosen)
+    new = rows.parted(chosen, unknown(keys), words, list(map(packing.packed_along_rows, old)))
+    return packing.pack_like(new, old), packing.churn_of_rows(old_words, words)
+
+
+def drawn(
+    key: jax.Array,
+    units: list[Units],
+    sparsity: float,
+    *,
+    shared: bool,
+    packed: bool = False,
+) -> list[jax.Array]:
+    """Return masks of random units.
+
+    Args:
+      key: a typed key.
+      units: what the entries of each leaf form.
+      sparsity: the share of entries that are not kept.
+      shared: whether the leaves compete for one budget.
+      packed: on a single device, whether to return masks of entries packed where that is along the last axis.
+    """
     if nothing(units):
         return [jnp.zeros(u.mask, bool) for u in units]
     check_countable(units)
@@ -74,7 +130,14 @@ def drawn(key: jax.Array, units: list[Units], sparsity: float, *, shared: bool) 
     def local(here: Here, leaves: list[jax.Array], key_data: jax.Array) -> list[jax.Array]:
         del leaves
         rows = Rows(here, [part.coarser(u.tiles) for part, u in zip(here.outputs, units)])
-        return _chosen(rows, random_keys(rows, key_data), units, _accounts(units, sparsity, shared=shared))
+        sizes = _sizes(units, shared=shared)
+        if all(u.size == 1 for u in units) and max(sizes) <= shuffling.LARGEST:
+            kept = [round((1 - sparsity) * size) for size in sizes]
+            chosen, _ = computed_once(shuffling.first(rows, key_data, kept, shared=shared), key_data)
+            return expanded(rows, chosen, key_data, units, packed=packed)
+        keys = random_keys(rows, key_data)
+        chosen = selection.largest(rows, keys, _accounts(units, sparsity, shared=shared))
+        return expanded(rows, chosen, keys, units, packed=packed)
 
     outputs = [Lie(u.mask, None, u.tiles) for u in units]
     return by_part(local, [], [], outputs, jax.random.key_data(key))
@@ -93,16 +156,17 @@ def check_countable(units: Sequence[Units]) -> None:
         )
 
 
-def _chosen(rows: Rows, keys: jax.Array, units: list[Units], accounts: selection.Accounts) -> list[jax.Array]:
-    return expanded(rows, selection.largest(rows, keys, accounts), keys, units)
-
-
 def _accounts(units: list[Units], sparsity: float, *, shared: bool) -> selection.Accounts:
-    sizes = [math.prod(u.whole) for u in units]
-    kept = [round((1 - sparsity) * size) for size in ([sum(sizes)] * len(sizes) if shared else sizes)]
-    candidates = jnp.array([[math.prod(u.shape)] for u in units], jnp.int32)
-    budget = Count.static([[count] for count in kept], sum(sizes))
+    sizes = _sizes(units, shared=shared)
+    kept = [[round((1 - sparsity) * size)] for size in sizes]
+    candidates, budget = (Count.static(x, sum(sizes)) for x in ([[size] for size in sizes], kept))
     return selection.Accounts(candidates, [u.size for u in units], budget, shared)
+
+
+def _sizes(units: list[Units], *, shared: bool) -> list[int]:
+    """Return the number of entries of each account."""
+    each = [math.prod(u.whole) for u in units]
+    return [sum(each)] if shared else each
 
 
 def keys_of(rows: Rows, scores: list[jax.Array], *, sizes: bool = False) -> jax.Array:
@@ -119,11 +183,18 @@ def unpadded_keys(rows: Rows, scores: list[jax.Array], *, sizes: bool = False) -
     return rows.joined(selection.comparable_keys([jnp.abs(x) for x in scores] if sizes else scores))
 
 
-def witness(keys: jax.Array) -> jax.Array:
-    """Return a True that the compiler does not know: no key is the largest integer."""
-    if not keys.size:
-        return jnp.array(True)
-    return keys[0, 0] != selection.most(keys.dtype)
+def unknown(x: jax.Array) -> jax.Array:
+    """Return a True that the compiler does not know, of an array of integers: no odd number is 0."""
+    return (x.reshape(-1)[0] | 1) != 0 if x.size else jnp.array(True)
+
+
+def computed_once(chosen: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return rows that are not computed in a kernel for each shape of leaf, and `unknown` of the numbers.
+
+    They come out of a conditional, whose predicate is true.
+    """
+    true = unknown(numbers)
+    return lax.cond(true, lambda x: x, jnp.logical_not, chosen), true
 
 
 def random_keys(rows: Rows, key_data: jax.Array) -> jax.Array:
@@ -176,10 +247,17 @@ def _in_its_place(here: Here, part: Part, unit: Units, sums: jax.Array) -> jax.A
     return lax.dynamic_update_slice(jnp.zeros(unit.shape, sums.dtype), own, starts)
 
 
-def expanded(rows: Rows, chosen: jax.Array, keys: jax.Array, units: Sequence[Units]) -> list[jax.Array]:
-    """Return a device's parts of the masks that keep the units chosen."""
+def expanded(
+    rows: Rows, chosen: jax.Array, numbers: jax.Array, units: Sequence[Units], *, packed: bool = False
+) -> list[jax.Array]:
+    """Return a device's parts of the masks that keep the units chosen, packed as for `drawn`.
+
+    ``numbers`` are any integers that the compiler does not know.
+    """
+    short = [packed and u.packs_in_rows for u in units]
+    words = packing.pack_rows(chosen) if any(short) else None
     found = []
-    for mask, u in zip(rows.parted(chosen, witness(keys)), units):
+    for mask, u in zip(rows.parted(chosen, unknown(numbers), words, short), units):
         if not u.mask:
             mask = mask.reshape(())
         elif u.mask == u.whole:

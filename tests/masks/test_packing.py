@@ -24,7 +24,8 @@ SHAPES = {
     (100, 10): 1,
     (128, 10): 16,
     (64, 64): 8,
-    (4096, 192): 16,  # 256 words can be halved more often than 24
+    (4096, 192): 8,
+    (4096, 100): 16,
     (192, 4096): 8,
     (3, 3, 64, 128): 8,
     (256, 256, 3, 3): 32,
@@ -36,7 +37,7 @@ def random_mask(shape, seed=0):
 
 
 @pytest.mark.parametrize(("shape", "bits"), SHAPES.items(), ids=str)
-def test_words_run_along_the_axis_that_divides_best(shape, bits):
+def test_words_run_along_the_last_axis_that_is_divided(shape, bits):
     mask = random_mask(shape)
     packed = packing.pack({"leaf": mask})["leaf"]
     assert packing.word_bits(shape) == bits

@@ -48,11 +48,11 @@ def host_selection(monkeypatch):
     def largest(layout, keys, accounts, second=None):
         assert second is None and accounts.budget.high is None
         goals, flat = np.ravel(accounts.budget.low), np.ravel(keys)
-        owner = np.repeat(np.pad(layout._owner, (0, layout.shape[0] - len(layout._owner))), layout.shape[1])
+        owner = np.repeat(layout._owner, layout.shape[1])
         reached, mask = [0] * len(goals), np.zeros(flat.size, bool)
         for i in np.lexsort((np.arange(flat.size), -flat.astype(np.int64))):
             account = 0 if accounts.shared else owner[i]
-            if flat[i] and reached[account] < goals[owner[i]]:
+            if flat[i] and reached[account] < goals[account]:
                 mask[i] = True
                 reached[account] += accounts.weights[owner[i]]
         return jnp.asarray(mask.reshape(keys.shape))

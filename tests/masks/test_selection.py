@@ -75,8 +75,9 @@ def marked(keys, weights, budget, shared, width=rows.WIDTH):
     """Select among lists of keys, each of which has a row of the budget."""
     layout = rows_of([k.shape for k in keys], width)
     joined = jnp.where(layout.filled(), layout.joined(keys), 0)
-    candidates = jnp.stack([jnp.sum(k != 0, dtype=jnp.int32) for k in keys])[:, None]
-    accounts = selection.Accounts(candidates, weights, budget, shared)
+    weighed = [w * jnp.sum(k != 0, dtype=jnp.int32) for w, k in zip(weights, keys)]
+    candidates = budget.like(jnp.stack(weighed)[:, None])
+    accounts = selection.Accounts(candidates.total() if shared else candidates, weights, budget, shared)
     return layout.parted(selection.largest(layout, joined, accounts), jnp.array(True))
 
 
@@ -87,8 +88,7 @@ def column(numbers, most=0):
 @jax.jit
 def largest_of_all(scores, k):
     keys = selection.comparable_keys(scores)
-    budget = Count(None, jnp.full((len(keys), 1), k, jnp.int32))
-    return marked(keys, [1] * len(keys), budget, True)
+    return marked(keys, [1] * len(keys), Count(None, jnp.full((1, 1), k, jnp.int32)), True)
 
 
 @jax.jit
@@ -175,7 +175,7 @@ WEIGHTS = [3, 1, 5]
 
 @jax.jit
 def weighted(keys, budget):
-    return marked(keys, WEIGHTS, Count(None, jnp.full((3, 1), budget)), True)
+    return marked(keys, WEIGHTS, Count(None, jnp.full((1, 1), budget)), True)
 
 
 @hypothesis.given(
@@ -215,22 +215,17 @@ def test_counts_calculate_as_python_integers_do(numbers):
     a, b = ([pair[i] for pair in numbers] for i in (0, 1))
     x, y = limbs(a), limbs(b)
     assert exact(x) == a
-    assert exact(x.plus(y)) == [i + j for i, j in numbers]
     assert exact(x.minus(y)) == [max(0, i - j) for i, j in numbers]
     assert exact(x.minimum(y)) == [min(pair) for pair in numbers]
     assert x.at_least(y).tolist() == [i >= j for i, j in numbers]
     assert x.at_least(x).tolist() == [True] * 4
-    assert x.clipped().tolist() == [min(i, 2**31 - 1) for i in a]
-    assert all(in_normal_form(c) for c in (x, x.plus(y), x.minus(y), x.minimum(y)))
+    assert all(in_normal_form(c) for c in (x, x.minus(y), x.minimum(y)))
 
 
 @hypothesis.given(numbers=st.lists(st.integers(0, 2**43), min_size=5, max_size=5))
 def test_counts_add_up_over_rows(numbers):
     count = limbs(numbers)
-    assert exact(count.total()) == [sum(numbers)] * 5
-    assert exact(count.summed(jnp.asarray(np.tri(5, k=-1, dtype=np.int32)))) == [
-        sum(numbers[:i]) for i in range(5)
-    ]
+    assert exact(count.total()) == [sum(numbers)]
 
 
 @pytest.mark.parametrize("value", [0, 1, 2**16 - 1, 2**16, 2**31 - 1])
@@ -259,24 +254,19 @@ def test_counts_within_int32_calculate_as_those_beyond(numbers):
     a, b = ([pair[i] for pair in numbers] for i in (0, 1))
     x, y = (Count.static(n, 2**31 - 1) for n in (a, b))
     assert x.high is None
-    assert x.plus(y).low.tolist() == [i + j for i, j in numbers]
     assert x.minus(y).low.tolist() == [max(0, i - j) for i, j in numbers]
     assert x.minimum(y).low.tolist() == [min(pair) for pair in numbers]
     assert x.at_least(y).tolist() == [i >= j for i, j in numbers]
-    assert x.total().low.tolist() == [sum(a)] * 3
-    assert x.summed(jnp.asarray(np.tri(3, k=-1, dtype=np.int32))).low.tolist() == [
-        sum(a[:i]) for i in range(3)
-    ]
-    assert x.clipped().tolist() == a
+    assert x.total().low.tolist() == [sum(a)]
 
 
 def test_budgets_beyond_int32_are_met_exactly():
     weights = [2**30, 2**30, 2**29]
     keys = [jnp.array([k], jnp.uint32) for k in (5, 9, 7)]
     for budget, expected in ((2**30 + 2**29, [0, 1, 1]), (2**30 + 2**29 + 1, [1, 1, 1]), (2**30, [0, 1, 0])):
-        mask = marked(keys, weights, column([budget] * 3, 2**46), True)
+        mask = marked(keys, weights, column([budget], 2**46), True)
         assert [int(m[0]) for m in mask] == expected
-    mask = marked(keys, weights, column([2**31 + 2**29] * 3, 2**46), True)
+    mask = marked(keys, weights, column([2**31 + 2**29], 2**46), True)
     assert [int(m[0]) for m in mask] == [1, 1, 1]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from ssam_experiments.data.parquet import decode
+from ssam_experiments.data.images import decode
 from ssam_experiments.data.sources import ImageFolder, ParquetImages, Source, image_folder, parquet
 
 __all__ = [

@@ -165,7 +165,7 @@ class EncodedCifar:
             wanted = rows[places] - start  # within the row group
             for place, row, data in zip(places, wanted, file.read_group(group, wanted)[0]):
                 where = f"{file.path}, row {row} of row group {group}"
-                pixels[place] = images.decode(data, where, (32, 32))
+                pixels[place] = np.asarray(images.decode(data, where, (32, 32)))
             return len(places)
 
         work, start = [], 0

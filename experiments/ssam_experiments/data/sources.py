@@ -20,13 +20,11 @@ CACHE_BYTES = 2**32
 
 
 class Source(Protocol):
-    """Encoded images, readable in any order and from any thread, that can be pickled.
+    """Encoded images, readable in any order and from any thread, that can be pickled."""
 
-    Attributes:
-      classes: number of classes; labels are below it.
-    """
-
-    classes: int
+    @property
+    def classes(self) -> int:
+        """The number of classes; labels are below it."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -93,7 +91,8 @@ def image_folder(folder: str | Path, split: str) -> ImageFolder:
     names, own = _class_names(train), _class_names(place)
     if unknown := sorted(set(own) - set(names)):
         raise DataError(f"{place} has classes that {train} has not: {', '.join(unknown[:5])}.")
-    files, labels = [], []
+    files: list[bytes] = []
+    labels: list[int] = []
     for label, name in enumerate(names):
         if name in own:
             found = sorted(n for n in os.listdir(place / name) if n.lower().endswith(ENDINGS) and n[0] != ".")
@@ -156,12 +155,13 @@ class ParquetImages:
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         group, row = self._find(index)
         images, labels = self._read(group)
-        if images[row] is None or not 0 <= labels[row] < self.classes:
+        image = images[row]
+        if image is None or not 0 <= labels[row] < self.classes:
             raise DataError(
                 f"{self.where(index)} must have an image and a label below {self.classes}; its label is"
                 f" {labels[row]}."
             )
-        return images[row], int(labels[row])
+        return image, int(labels[row])
 
     def where(self, index: int) -> str:
         """Return the file, the row group and the row of an image."""

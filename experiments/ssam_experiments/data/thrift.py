@@ -3,7 +3,7 @@
 To bound what a reader of Parquet allocates, one has to see these headers before it does.
 """
 
-from collections.abc import Sequence
+import mmap
 from typing import Any
 
 DEPTH = 12
@@ -18,7 +18,7 @@ class Reader:
       left: number of values that may still be read.
     """
 
-    def __init__(self, data: Sequence[int], position: int, values: int):
+    def __init__(self, data: bytes | mmap.mmap, position: int, values: int):
         self.data, self.position, self.left = data, position, values
 
     def struct(self, depth: int = 0) -> dict[int, Any]:

@@ -8,7 +8,7 @@ import time
 from ssam_experiments.data import datasets, sources
 from ssam_experiments.data.images import decode
 
-ROOM, SECONDS = 2**30, 60  # beyond what the imports take; of CPU time for all files
+ROOM, SECONDS = 2**31, 60  # beyond what the imports take; of CPU time for all files
 
 
 def read(reader, folder):

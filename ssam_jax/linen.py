@@ -127,10 +127,10 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
         return lambda params, i: grad_fn({**self.params, "params": params}, i)["params"]
 
     def pure_loss(self, loss_fn: Callable[..., Any]) -> Callable[..., tuple[Any, tuple[Any, Any]]]:
-        """Return ``fn(params, *args) -> (loss, (collections, aux))``, to differentiate with ``has_aux=True``.
+        """Return ``fn(params, *args, **kwargs) -> (loss, (collections, aux))``, to differentiate.
 
         Args:
-          loss_fn: ``loss_fn(apply, *args)`` returns ``(loss, aux)``.
+          loss_fn: ``loss_fn(apply, *args, **kwargs)`` returns ``(loss, aux)``.
 
         Returns:
           A function that raises TypeError if ``loss_fn`` returns no pair. Its ``collections`` are a dict of
@@ -145,7 +145,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
         _check_dropout_key(self.dropout_key)
         _check_variables(self.variables)
 
-        def pure(params: Params, *args: Any) -> tuple[Any, tuple[Any, Any]]:
+        def pure(params: Params, /, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, Any]]:
             calls, held = 0, {**(self.variables or {})}
             if self.batch_stats is not None:
                 held["batch_stats"] = self.batch_stats
@@ -168,7 +168,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
                 asked = union_filters(asked, ["intermediates"] if captures else [])
                 return output, {name: found for name, found in new.items() if in_filter(asked, name)}
 
-            loss, aux = checks.loss_and_aux(loss_fn(apply, *args))
+            loss, aux = checks.loss_and_aux(loss_fn(apply, *args, **kwargs))
             checks.loss(loss)
             return loss, (held, aux)
 
@@ -183,11 +183,12 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
         form: Literal["explicit", "implicit"] = "explicit",
         strict: bool = True,
         shared: bool = True,
+        **kwargs: Any,
     ) -> Passes:
         """Return loss, aux, ascent gradient and new collections, and the gradient elsewhere.
 
         Args:
-          loss_fn: ``loss_fn(apply, *args)`` returns ``(loss, aux)``.
+          loss_fn: ``loss_fn(apply, *args, **kwargs)`` returns ``(loss, aux)``.
           *args: the batch, and whatever else ``loss_fn`` takes.
           active: as `two_pass_value_and_grad` takes it, with ``mask``, ``form`` and ``strict``.
           mask: for the implicit form.
@@ -195,6 +196,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
           strict: for the implicit form.
           shared: whether the passes share what they can (`two_pass_value_and_grad`); otherwise they are
             two complete gradients.
+          **kwargs: for ``loss_fn``, but for the names above.
 
         Raises:
           TypeError: ``loss_fn`` is not callable, does not return a pair, or its loss is not a real
@@ -209,13 +211,13 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
         grad_fn: GradFn
         if shared:
             two_pass = ssam_jax.two_pass_value_and_grad(loss, has_aux=True, form=form, strict=strict)
-            (value, rest), grads, grad_fn = two_pass(self.params, *args, active=active, mask=mask)
+            (value, rest), grads, grad_fn = two_pass(self.params, *args, active=active, mask=mask, **kwargs)
         elif active is None and mask is None and form == "explicit":
             whole = jax.value_and_grad(loss, has_aux=True)
-            (value, rest), grads = whole(self.params, *args)
+            (value, rest), grads = whole(self.params, *args, **kwargs)
 
             def grad_fn(params: Params, step: int, /) -> Gradients:
-                return whole(params, *args)[1]
+                return whole(params, *args, **kwargs)[1]
         else:
             raise ValueError(
                 "active, mask and form='implicit' need shared=True: two whole gradients are exact and of all"

@@ -151,6 +151,20 @@ def test_apply_takes_what_the_models_apply_takes():
     assert a == b != c
 
 
+@SHARED
+def test_keyword_arguments_reach_the_loss(shared):
+    def loss(apply, x, *, scale, kind):
+        return jnp.mean(apply(x) ** 2) * scale["factor"], kind
+
+    state, scale = linear_state(nets.chain()), {"factor": jnp.float32(3)}
+    passes = state.value_and_grad(loss, x=X, shared=shared, scale=scale, kind="kept")
+    plain = linear_passes(state)
+    assert passes.aux == "kept"
+    point = jax.tree.map(jnp.negative, state.params)
+    for found, expected in ((passes.grads, plain.grads), (passes.grad_fn(point, 0), plain.grad_fn(point, 0))):
+        tiny.assert_close(found, jax.tree.map(lambda g: 3 * g, expected), rtol=1e-6)
+
+
 # Collections
 
 

@@ -14,7 +14,7 @@ from ssam_jax._base import trees
 from ssam_jax.typing import Params, PyTree
 
 SHARDINGS = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
-"""Names of an ``nnx.Variable``'s metadata that shard it, or the state beside it, in versions of Flax."""
+"""Names of an ``nnx.Variable``'s metadata that shard it or its optimizer's state, in versions of Flax."""
 
 
 def is_box(node: Any) -> bool:

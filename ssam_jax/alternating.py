@@ -108,6 +108,7 @@ def alternating(
         updates: Gradients, state: AlternatingState, params: Params | None = None, **extra_args: Any
     ) -> tuple[Gradients, AlternatingState]:
         factors.check_wrapped(updates, state, AlternatingState, "anchor", params)
+        state = state._replace(ssam=factors.boxed(state.ssam, params))
         starts, descends = state.phase == 0, state.phase == ascents
         anchor = trees.where(starts, params, state.anchor)
 
@@ -144,7 +145,7 @@ def alternating(
             anchor=anchor,
             radius=radius,
             grads=grads,
-            ssam=ssam,
+            ssam=factors.unboxed(ssam, params),
             opt_state=trees.where(descends, opt_state, state.opt_state),
         )
         return jax.tree.map(move, params, point, anchor, step), new

@@ -88,11 +88,12 @@ def carried(
         updates: Gradients, state: CarriedState, params: Params | None = None, **extra_args: Any
     ) -> tuple[Gradients, CarriedState]:
         factors.check_wrapped(updates, state, CarriedState, "center", params)
+        ssam = factors.boxed(state.ssam, params)
         step, opt_state = optimizer.update(updates, state.opt_state, state.center, **extra_args)
         center = optax.apply_updates(state.center, step)
 
         known = {**extra_args, "base_state": opt_state}
-        uphill, ssam = factors.uphill(state.ssam, updates, state.center, **known)
+        uphill, ssam = factors.uphill(ssam, updates, state.center, **known)
         ssam = factors.advance(ssam, state.center, None, updates, **extra_args)
         radius, ssam = factors.radius_of(ssam, updates, center, **known)
         point = factors.point(center, uphill, radius, factors.mask_of(ssam, center))
@@ -104,7 +105,7 @@ def carried(
 
         # Without eps the step itself, which the compiler then treats as it does the base optimizer's.
         held = step if never else jax.tree.map(move, step, state.center, params, center, point)
-        return held, CarriedState(center, ssam, opt_state)
+        return held, CarriedState(center, factors.unboxed(ssam, params), opt_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -146,19 +146,25 @@ def looksam(alpha: float, scope: Literal["global", "leaf"] = "global") -> Combin
     checks.number("alpha", alpha, low=0, high=checks.LARGEST)
     checks.choice("scope", scope, ("global", "leaf"))
 
-    def inner(a: Gradients, b: Gradients) -> PyTree:
-        """Return the product of two trees, or a tree of those of their leaves."""
-        return jax.tree.map(_inner, a, b) if scope == "leaf" else _inner(a, b)
+    def shape_of(tree: Gradients) -> tuple[int, ...]:
+        return (len(jax.tree.leaves(tree)),) if scope == "leaf" else ()
 
-    def each(scalars: PyTree, tree: Gradients) -> PyTree:
+    def inner(a: Gradients, b: Gradients) -> jax.Array:
+        """Return the product of two trees, or those of their leaves as a vector."""
+        if scope == "global":
+            return _inner(a, b)
+        dtype = trees.wide_dtype(*jax.tree.leaves(a))
+        products = [_inner(*pair).astype(dtype) for pair in zip(jax.tree.leaves(a), jax.tree.leaves(b))]
+        return jnp.stack(products) if products else jnp.zeros(0, dtype)
+
+    def each(scalars: jax.Array, tree: Gradients) -> PyTree:
         """Return for each leaf the scalar that serves it."""
-        return scalars if scope == "leaf" else jax.tree.map(lambda _: scalars, tree)
+        leaves, treedef = jax.tree.flatten(tree)
+        return jax.tree.unflatten(treedef, list(jnp.broadcast_to(scalars, len(leaves))))
 
     def init(params: Params) -> LookSamState:
         across = jax.tree.map(lambda p: shardings.zeros_like(p, trees.wide_dtype(p)), params)
-        if scope == "leaf":
-            return LookSamState(across, jax.tree.map(lambda v: jnp.zeros((), v.dtype), across))
-        return LookSamState(across, jnp.zeros((), trees.wide_dtype(*jax.tree.leaves(params))))
+        return LookSamState(across, jnp.zeros(shape_of(params), trees.wide_dtype(*jax.tree.leaves(params))))
 
     def update(
         grads: Gradients, perturbed: Gradients | None, state: LookSamState, params: Params
@@ -166,9 +172,9 @@ def looksam(alpha: float, scope: Literal["global", "leaf"] = "global") -> Combin
         del params
         square = inner(grads, grads)
         if perturbed is None:
-            scale = jax.tree.map(relative_length, square, state.square)
+            scale = relative_length(square, state.square)
             return jax.tree.map(reuse, grads, state.across, each(scale, grads)), state
-        along = jax.tree.map(_ratio, inner(grads, perturbed), square)
+        along = _ratio(inner(grads, perturbed), square)
         across = jax.tree.map(orthogonal, grads, perturbed, each(along, grads))
         return perturbed, LookSamState(across, inner(across, across))
 
@@ -190,11 +196,11 @@ class LookSamState(NamedTuple):
 
     Attributes:
       across: v of the last ascent, shaped like the parameters; zeros before the first.
-      square: its squared norm, a scalar, or one for each leaf.
+      square: its squared norm, a scalar, or for each leaf, of shape (leaves,).
     """
 
     across: Gradients
-    square: PyTree
+    square: jax.Array
 
 
 def _no_state(params: Params) -> PyTree:

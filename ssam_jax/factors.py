@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssam_jax._base import checks, shardings, trees
+from ssam_jax._base import boxes, checks, shardings, trees
 from ssam_jax.ascent import radii
 from ssam_jax.ascent.ball import perturb
 from ssam_jax.ascent.radii import RadiusRule
 from ssam_jax.combine import DEFAULT, Combine
 from ssam_jax.masks import rule as mask_rule
-from ssam_jax.masks.fitting import OTHER_STATE, check_mask
+from ssam_jax.masks.fitting import OTHER_STATE, fitted
 from ssam_jax.masks.rule import MaskRule, MaskState
 from ssam_jax.state import SsamState
 from ssam_jax.typing import Gradients, Mask, Normalize, Params, PyTree, Scalar, Schedule
@@ -90,7 +90,26 @@ class Factors:
             radius=self.radius.init(params),
             combine=self.joined.init(params),
         )
-        return shardings.beside(state, params)
+        return self.unboxed(shardings.beside(state, params), params)
+
+    def boxed(self, state: SsamState, params: Params) -> SsamState:
+        """Return a state with all arrays in the boxes of their parameters, as the factors expect them."""
+        if not boxes.any_in(params):
+            return state
+        mask, fields = state.mask, {"radius": self.radius.init, "combine": self.joined.init}
+        if self.mask is not None and isinstance(mask, MaskState):
+            mask = mask_rule.boxed(self.mask, mask, params)
+        if self.direction is not None:
+            fields["direction"] = self.direction.init
+        made = {
+            name: boxes.filled(jax.eval_shape(init, params), getattr(state, name))
+            for name, init in fields.items()
+        }
+        return state._replace(mask=mask, **made)
+
+    def unboxed(self, state: SsamState, params: Params) -> SsamState:
+        """Return a state to keep: what has not the shape of its parameter lies outside of its box."""
+        return boxes.outside(state, params)
 
     def uphill(
         self, state: SsamState, grads: Gradients, params: Params, **extra: Any
@@ -122,9 +141,7 @@ class Factors:
         """Return the mask of this step, or raise unless it fits the parameters."""
         if not isinstance(state.mask, MaskState):
             return None
-        mask = state.mask.mask
-        check_mask(mask, params, OTHER_STATE)
-        return mask
+        return fitted(state.mask.mask, params, OTHER_STATE)
 
     def advance(
         self,
@@ -204,7 +221,7 @@ class Factors:
 
 def check_gradient(grads: Gradients, like: Params, name: str, like_name: str) -> Gradients:
     """Return ``grads`` in the structure of ``like``, or raise unless it is a gradient of such parameters."""
-    grads = trees.boxed_like(grads, like)
+    grads = boxes.like(grads, like)
     trees.check_same_shapes(grads, like, name, like_name, ALONE)
     trees.check_floating(grads, name, "take it with jax.grad of a real loss of real parameters")
     return grads

@@ -117,6 +117,7 @@ def ssam(
         **extra_args: Any,
     ) -> tuple[Gradients, SsamState]:
         factors.check(updates, state, params)
+        state = factors.boxed(state, params)
         grad_fn = _checked(grad_fn, factors)
         radius, state = factors.radius_of(state, updates, params, **extra_args)
         uphill, state = factors.uphill(state, updates, params, **extra_args)
@@ -151,8 +152,8 @@ def ssam(
             )
         else:
             descent, joined = with_ascent(grad_fn)
-        state = state._replace(combine=joined)
-        return descent, factors.advance(state, params, updates, descent, **extra_args)
+        state = factors.advance(state._replace(combine=joined), params, updates, descent, **extra_args)
+        return descent, factors.unboxed(state, params)
 
     return optax.GradientTransformationExtraArgs(factors.init, update)
 

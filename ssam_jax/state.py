@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from ssam_jax._base import shardings, trees
+from ssam_jax._base import boxes, shardings, trees
 from ssam_jax.masks import packing
 from ssam_jax.masks.fitting import check_bools
 from ssam_jax.masks.rule import MaskState
@@ -59,13 +59,14 @@ def get_mask(opt_state: PyTree) -> Mask:
 
     Returns:
       bool pytree of the structure of the parameters, True where perturbed, whose leaves broadcast
-      against them. None for dense SAM (``mask=None``), which has no mask.
+      against them. Flax's boxes (``nn.Partitioned``, ``nnx.Variable``) are left out: a mask is not sharded as
+      they say. None for dense SAM (``mask=None``), which has no mask.
 
     Raises:
       ValueError: there is no `ssam` in ``opt_state``, or more than one.
     """
     state = find(opt_state, SsamState)
-    return state.mask.mask if isinstance(state.mask, MaskState) else None
+    return packing.unpack(boxes.without(state.mask.bits)) if isinstance(state.mask, MaskState) else None
 
 
 def set_mask(opt_state: PyTree, mask: Mask) -> PyTree:
@@ -74,7 +75,7 @@ def set_mask(opt_state: PyTree, mask: Mask) -> PyTree:
     Args:
       opt_state: as for `get_mask`.
       mask: bool pytree of the structure of the present mask, whose leaves broadcast against its
-        leaves. It is broadcast to them, so that the state keeps its shapes.
+        leaves, in boxes or not. It is broadcast to them, so that the state keeps its shapes.
 
     Raises:
       TypeError: a leaf of the mask is not bool.
@@ -166,16 +167,12 @@ def find_single(opt_state: PyTree, caller: str) -> SsamState:
             f"{caller} reads the state of one run, but this one has the leading axes of vmap,"
             f" {jnp.shape(state.leaf_sizes)[:-1]}; index it, or call {caller} under vmap too."
         )
-    return jax.tree.map(_unboxed, state)
-
-
-def _unboxed(leaf: PyTree) -> PyTree:
-    """Return the array in a box of an old version of Flax, in which boxes are leaves."""
-    return jnp.asarray(leaf) if hasattr(leaf, "__jax_array__") else leaf
+    return boxes.without(state)
 
 
 def _fitted(mask: Mask, like: Mask) -> Mask:
     """Return ``mask`` with the shapes of ``like``."""
+    mask = boxes.like(mask, like)
     trees.check_same_structure(mask, like, "mask", "the present mask")
     check_bools(mask, "mask")
 

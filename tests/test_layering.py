@@ -19,7 +19,7 @@ LAYERS = [
     ["_base"],
     ["_base.checks"],
     ["_base.trees"],
-    ["_base.shardings", "_base.tracing"],
+    ["_base.shardings", "_base.tracing", "_base.boxes"],
     ["ascent", "masks"],
     ["ascent.ball", "ascent.directions", "ascent.radii", "combine"],
     ["masks.counts", "masks.hashing", "masks.shards"],

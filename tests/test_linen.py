@@ -151,6 +151,173 @@ def test_apply_takes_what_the_models_apply_takes():
     assert a == b != c
 
 
+@SHARED
+def test_keyword_arguments_reach_the_loss(shared):
+    def loss(apply, x, *, scale, kind):
+        return jnp.mean(apply(x) ** 2) * scale["factor"], kind
+
+    state, scale = linear_state(nets.chain()), {"factor": jnp.float32(3)}
+    passes = state.value_and_grad(loss, x=X, shared=shared, scale=scale, kind="kept")
+    plain = linear_passes(state)
+    assert passes.aux == "kept"
+    point = jax.tree.map(jnp.negative, state.params)
+    for found, expected in ((passes.grads, plain.grads), (passes.grad_fn(point, 0), plain.grad_fn(point, 0))):
+        tiny.assert_close(found, jax.tree.map(lambda g: 3 * g, expected), rtol=1e-6)
+
+
+# Collections
+
+
+class Sows(nn.Module):
+    """BatchNorm, a codebook of its own, a sown loss, and a sub-module to capture."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train, use_scale=False, use_bias=False, name="norm")(x)
+        codes = self.variable("codebook", "codes", jnp.zeros, 3)
+        if train:
+            codes.value = codes.value + jnp.mean(x) + jnp.mean(nn.Dense(3, name="head")(x))
+        self.sow("losses", "square", jnp.sum(x**2))
+        return nn.Dense(1, name="out")(x) + codes.value[:1][None]
+
+
+def sowing_state(**fields):
+    model, x = Sows(), nets.wave(4, 3)
+    variables = jax.jit(model.init)(KEY, x)
+    collections = {"batch_stats": variables["batch_stats"], "variables": {"codebook": variables["codebook"]}}
+    return create(model, variables["params"], **{**collections, **fields}), x
+
+
+@SHARED
+def test_collections_are_those_of_the_clean_pass_and_the_next_step_starts_from_them(shared):
+    state, x = sowing_state()
+
+    @nets.quick_jit
+    def sam(state, x):
+        passes = state.value_and_grad(lambda apply, x: (jnp.mean(apply(x)), None), x, shared=shared)
+        fields = {"batch_stats": passes.batch_stats, "variables": passes.variables}
+        return state.apply_gradients(grads=passes.grads, grad_fn=passes.grad_fn, **fields)
+
+    @nets.quick_jit
+    def clean(state, x):
+        variables = {"params": state.params, "batch_stats": state.batch_stats, **state.variables}
+        return state.apply_fn(variables, x, mutable=["batch_stats", "codebook"])[1]
+
+    for _ in range(2):
+        expected = clean(state, x)
+        state = sam(state, x)
+        tiny.assert_close({"batch_stats": state.batch_stats, **state.variables}, dict(expected), rtol=1e-6)
+
+
+# What is asked of apply, and the collections that it returns then; None: the output alone.
+ASKED = [
+    ({"mutable": ["losses"]}, {"losses"}),
+    ({"mutable": "losses"}, {"losses"}),
+    ({"mutable": ["batch_stats", "losses"]}, {"batch_stats", "losses"}),
+    ({"mutable": ["codebook"], "capture_intermediates": True}, {"codebook", "intermediates"}),
+    ({"capture_intermediates": True}, {"intermediates"}),
+    ({"mutable": flax.core.DenyList(["losses", "params"])}, {"batch_stats", "codebook"}),
+    ({"mutable": True}, {"batch_stats", "codebook", "losses", "params"}),
+    ({"mutable": []}, set()),
+    ({"mutable": False}, None),
+    ({}, None),
+]
+
+
+def test_apply_returns_what_flax_returns_and_keeps_what_the_state_holds():
+    state, x = sowing_state()
+    held = {"batch_stats": state.batch_stats, **state.variables}
+    every = {"mutable": [*held, "losses", "params"], "capture_intermediates": True}
+    output, collections = state.apply_fn({"params": state.params, **held}, x, **every)
+    for asked, found in ASKED:
+
+        def loss(apply, x, asked=asked, found=found):
+            given = apply(x, **asked)
+            output, new = (given, None) if found is None else given
+            return jnp.mean(output), (output, new)
+
+        _, (after, (value, new)) = state.pure_loss(loss)(state.params, x)
+        tiny.assert_same(value, output)
+        tiny.assert_same(new, None if found is None else {name: collections[name] for name in found})
+        tiny.assert_same(after, {name: collections[name] for name in held})
+
+
+def test_a_sown_loss_has_a_gradient_in_both_passes():
+    class Sowing(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=False, name="norm")(x)
+            x = nn.Dense(1, use_bias=False, name="out")(x)
+            self.sow("losses", "square", jnp.sum(x**2))
+            return x
+
+    model, x = Sowing(), nets.wave(4, 3)
+    variables = jax.jit(model.init)(KEY, x)
+    state = create(model, variables["params"], batch_stats=variables["batch_stats"])
+
+    def loss(apply, x):
+        _, new = apply(x, mutable=["losses"])
+        return sum(jax.tree.leaves(new["losses"])), new["losses"]
+
+    def by_hand(params):
+        rest = {"batch_stats": state.batch_stats}
+        _, new = state.apply_fn({"params": params, **rest}, x, mutable=["losses", "batch_stats"])
+        return sum(jax.tree.leaves(new["losses"]))
+
+    passes = state.value_and_grad(loss, x)
+    tiny.assert_close(passes.grads, jax.grad(by_hand)(state.params))
+    point = jax.tree.map(lambda p: 2 * p, state.params)
+    tiny.assert_close(passes.grad_fn(point, 0), jax.grad(by_hand)(point))
+
+
+@pytest.mark.parametrize("variables", [[], {"params": {}}, {"batch_stats": {}, "codes": {}}], ids=str)
+def test_variables_that_are_no_other_collections_are_refused(variables):
+    state = linear_state(nets.chain(), variables=variables)
+    with pytest.raises(
+        ValueError, match=r"variables must be None or a dict .* fields params and batch_stats"
+    ):
+        state.value_and_grad(loss_fn, X)
+
+
+def test_a_subclass_may_have_fields_without_a_default_and_collections_of_its_own():
+    class WithMetrics(TrainState):
+        metrics: dict
+
+        def apply_gradients(self, *, grads, **kwargs):
+            counted = {"steps": self.metrics["steps"] + 1}
+            return super().apply_gradients(grads=grads, metrics=counted, **kwargs)
+
+    class Nested(WithMetrics):
+        batch_stats: dict  # required, as in Flax's guide
+        name: str = flax.struct.field(pytree_node=False)
+
+    params = {"kernel": jnp.ones((16, 1)), "bias": jnp.ones(1)}
+    given = {"apply_fn": nn.Dense(1).apply, "params": params, "tx": nets.chain()}
+    with pytest.raises(TypeError, match="metrics"):
+        WithMetrics.create(**given)
+    state = Nested.create(**given, metrics={"steps": 0}, batch_stats={}, name="a name")
+    after, _ = jax.jit(square_step)(state, X)
+    assert isinstance(after, Nested) and (int(after.metrics["steps"]), after.name) == (1, "a name")
+    plain, _ = jax.jit(square_step)(linear_state(nets.chain()), X)
+    tiny.assert_same(after.params, plain.params)
+
+
+@pytest.mark.parametrize("rngs", [None, jax.random.key(1), {"params": jax.random.key(1)}], ids=type)
+def test_apply_takes_rngs_as_flax_does(rngs):
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            noise = jax.random.normal(self.make_rng("params"), x.shape) if rngs is not None else 0.0
+            return Drop(name="drop")(x + noise)
+
+    state = create(Noisy(), {"drop": drop_state().params}, dropout_key=KEY)
+    value = state.pure_loss(lambda apply, x: (jnp.sum(apply(x, rngs=rngs)), None))(state.params, X)[0]
+    streams = {"dropout": jax.random.fold_in(KEY, 0)} | (
+        {"params": jax.random.key(1)} if rngs is not None else {}
+    )
+    assert value == jnp.sum(state.apply_fn({"params": state.params}, X, rngs=streams))
+
+
 # Steps
 
 
@@ -230,6 +397,17 @@ def test_parameters_that_flax_overwrites_with_their_gradient_are_overwritten():
     grads = jax.tree.map(lambda p: 3 * p, params)
     expected = {"params": {"kernel": -0.5 * jnp.ones(2)}, OVERWRITE_WITH_GRADIENT: {"scale": 3 * jnp.ones(2)}}
     tiny.assert_same(state.apply_gradients(grads=grads).params, expected)
+
+    def scaled(variables, x):
+        scale = variables[OVERWRITE_WITH_GRADIENT]["scale"]
+        return jnp.sum(variables["params"]["kernel"] ** 2 * scale * x)
+
+    tx = optax.chain(ssam_jax.ssam(0.1), optax.sgd(0.5))
+    state = TrainState.create(apply_fn=scaled, params=params, tx=tx)
+    passes = state.value_and_grad(lambda apply, x: (apply(x), None), jnp.float32(1))
+    after = state.apply_gradients(grads=passes.grads, grad_fn=passes.grad_fn)
+    tiny.assert_close(after.params["params"]["kernel"], 1 - (1 + 0.1 / np.sqrt(2)) * jnp.ones(2))
+    tiny.assert_same(after.params[OVERWRITE_WITH_GRADIENT]["scale"], jnp.ones(2))
 
 
 def test_the_ascent_gradient_is_that_of_the_active_leaves():

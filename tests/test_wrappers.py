@@ -378,8 +378,7 @@ def test_tree_map_params_maps_what_is_shaped_like_the_parameters(rule):
     assert mapped[1][0].mu == names
     assert mapped[0].step == mapped[0].leaf_sizes == "other"
     if rule != "dense":
-        assert mapped[0].mask.bits == names
-        assert mapped[0].mask.churn == "other"
+        assert mapped[0].mask.bits == mapped[0].mask.churn == "other"  # masks have shapes of their own
     if rule == "fisher":
         assert mapped[0].mask.memory == names
 

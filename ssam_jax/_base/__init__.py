@@ -1,1 +1,1 @@
-"""What every other module may use: checks, trees, shardings, traced programs."""
+"""What every other module may use: checks, trees, boxes, shardings, traced programs."""

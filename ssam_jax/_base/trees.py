@@ -61,6 +61,20 @@ def check_not_partial(tree: PyTree) -> None:
         )
 
 
+def is_placeholder(params: PyTree) -> bool:
+    """Whether it stands for parameters where ``optax.tree_map_params`` calls ``init`` to find them."""
+    return isinstance(params, _PLACEHOLDER)
+
+
+def _placeholder() -> type:
+    seen: list[PyTree] = []
+    optax.tree_map_params(lambda params: seen.append(params) or params, lambda leaf: leaf, ())  # type: ignore[func-returns-value]
+    return type(seen[0])
+
+
+_PLACEHOLDER = _placeholder()
+
+
 def check_same_structure(tree: PyTree, like: PyTree, name: str, like_name: str, remedy: str = "") -> None:
     """Raise ValueError, naming the first path that differs, unless both trees have one structure."""
     if not same_structure(tree, like):
@@ -75,14 +89,6 @@ def same_structure(tree: PyTree, like: PyTree) -> bool:
     """Whether two trees have one structure."""
     structure: Any = jax.tree.structure(tree)
     return structure == jax.tree.structure(like)
-
-
-def boxed_like(tree: PyTree, like: PyTree) -> PyTree:
-    """Return a tree in the structure of another that differs from it in Flax's boxes alone, else as it is."""
-    boxed = any(_is_boxed(path) for path, _ in tree_flatten_with_path(tree)[0])
-    if not boxed or leaf_paths(tree) != leaf_paths(like):
-        return tree
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
 
 
 def _first_difference(tree: PyTree, like: PyTree, path: tuple[Any, ...] = ()) -> tuple[str, str, str]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 
-from ssam_jax._base import shardings
+from ssam_jax._base import boxes, shardings
 from ssam_jax.masks import packing, shards
 from ssam_jax.masks.patterns import CompiledPattern, Pattern
 from ssam_jax.typing import Mask, Params
@@ -37,7 +37,8 @@ def _draw(
     """Draw under ``jit``: op by op, ``init`` would compile every operation, and fill one device first."""
     params = treedef.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in placed])
     meshes = any(isinstance(sharding, NamedSharding) for _, sharding in placed)
-    if shards.single() and isinstance(pattern, CompiledPattern) and not meshes:
+    plain = shards.single() and not meshes and not boxes.any_in(params)
+    if plain and isinstance(pattern, CompiledPattern):
         return pattern.random_bits(key, params, packed=packed)
     mask = pattern.random(key, params)
     leaves = [

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ssam_jax._base import checks, trees
+from ssam_jax._base import boxes, checks, trees
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.typing import Mask, Params
 
@@ -25,8 +25,9 @@ def check_pattern(pattern: Pattern) -> None:
         raise TypeError(f"pattern must be hashable (a frozen dataclass, for instance), got {pattern!r}.")
 
 
-def check_mask(mask: Mask, params: Params, remedy: str = "") -> None:
-    """Raise, naming the leaf, unless ``mask`` has bool leaves that broadcast against ``params``."""
+def fitted(mask: Mask, params: Params, remedy: str = "") -> Mask:
+    """Return a mask in the boxes of ``params``, or raise unless it is one: bools that broadcast."""
+    mask = boxes.like(mask, params)
     trees.check_same_structure(mask, params, "the mask", "the parameters", remedy)
     check_bools(mask, "the mask")
     for path, m, p in zip(trees.leaf_paths(params), jax.tree.leaves(mask), jax.tree.leaves(params)):
@@ -35,6 +36,7 @@ def check_mask(mask: Mask, params: Params, remedy: str = "") -> None:
                 f"the mask's leaf {path!r} of shape {jnp.shape(m)} does not broadcast against {jnp.shape(p)},"
                 f" the parameter's.{remedy and ' '}{remedy}"
             )
+    return mask
 
 
 def check_bools(mask: Mask, name: str) -> None:

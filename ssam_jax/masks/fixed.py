@@ -123,8 +123,6 @@ def _refuse_nothing(params: Params) -> None:
 
 def _spread(prefix: Mask, params: Params) -> Mask:
     """Return a copy of a tree of masks for every leaf below each of its own."""
-    if not jax.tree.leaves(params):  # nothing to mask; optax.tree_map_params passes a placeholder
-        return params
     try:
         return jax.tree.map(lambda m, part: jax.tree.map(lambda _: jnp.array(m), part), prefix, params)
     except ValueError as error:

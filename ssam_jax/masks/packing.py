@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ssam_jax._base import shardings, trees
+from ssam_jax._base import boxes, shardings
 from ssam_jax.masks.shards import Here, Lie, by_part
 from ssam_jax.typing import Mask
 
@@ -37,24 +37,22 @@ WIDTH = 1024
 def pack(mask: Mask) -> Mask:
     """Return a tree of bool arrays with those packed whose shape allows it; those that are, stay so.
 
-    The axis is the last that is a multiple of 8 words, of as many bits as `AXES` says.
+    The axis is the last that is a multiple of 8 words, of as many bits as `AXES` says. A leaf in a box of
+    Flax's that says how it is split stays as it is: words would have to lie outside of the box, on every
+    device. So does one whose type says that it is split over more devices than divide its words.
 
     Returns:
       uint8, uint16 or uint32 arrays, shorter along one axis by the bits of a word. Bit ``j`` of word
       ``i`` is entry ``bits * i + j``.
-
-    Raises:
-      ValueError: the type of a leaf says that it is sharded over more devices than divide its words.
     """
 
-    def packed(path: str, leaf: jax.Array) -> jax.Array:
-        if _bits(leaf) > 1:
+    def packed(leaf: Any) -> Any:
+        if boxes.is_box(leaf) or _bits(leaf) > 1:
             return leaf
         bits = word_bits(leaf.shape)
-        _check_words_stay_whole(path, leaf, bits)
-        return _packed(leaf, bits)
+        return _packed(leaf, bits if _words_stay_whole(leaf, bits) else 1)
 
-    return trees.map_with_path(packed, mask)
+    return jax.tree.map(packed, mask, is_leaf=boxes.splits)
 
 
 def pack_like(mask: Mask, like: Mask) -> Mask:
@@ -172,19 +170,15 @@ def word_bits(shape: Sequence[int]) -> int:
     return 1
 
 
-def _check_words_stay_whole(path: str, leaf: jax.Array, bits: int) -> None:
+def _words_stay_whole(leaf: Any, bits: int) -> bool:
+    """Whether no device would hold a part of a word, as far as the type of a leaf says how it is split."""
     typed = shardings.explicit(leaf)
     if bits == 1 or typed is None:
-        return
+        return True
     axis = leaf.ndim + AXES[bits]
     names = (*typed.spec, *[None] * leaf.ndim)[axis]
     devices = math.prod(typed.mesh.shape[name] for name in _as_tuple(names))
-    if leaf.shape[axis] // bits % devices:
-        raise ValueError(
-            f"the mask of the leaf {path!r} would be kept as {leaf.shape[axis] // bits} words along its axis"
-            f" {axis}, which is split over {devices} devices that do not divide them: give the mask rule"
-            " packed=False."
-        )
+    return bool(leaf.shape[axis] // bits % devices == 0)
 
 
 def _as_tuple(names: Any) -> tuple[str, ...]:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from ssam_jax._base import checks, shardings, trees
+from ssam_jax._base import boxes, checks, shardings, trees
 from ssam_jax.masks import hashing, packing, shards
 from ssam_jax.masks.drawing import random_bits
-from ssam_jax.masks.fitting import OTHER_STATE, check_mask, check_pattern
+from ssam_jax.masks.fitting import OTHER_STATE, check_pattern, fitted
 from ssam_jax.masks.patterns import Pattern
 from ssam_jax.typing import Gradients, Mask, Params, PyTree
 
@@ -57,7 +57,9 @@ class MaskRule:
       seed: an integer, Python's or a traced scalar (to ``vmap`` over seeds), from which keys are made.
       packed: whether the state keeps a bit, not a byte, for each entry of a mask, in every leaf whose last
         axis is a multiple of 64 (or the second last of 128, the third last of 256). False is for meshes
-        that do not divide the words (64 output channels, eight words, over more than eight devices).
+        that do not divide the words (64 output channels, eight words, over more than eight devices). Where it
+        is known from the start how a mesh splits a leaf, by one of Flax's boxes or its type, False is what
+        becomes of such a leaf anyway.
       keeps_memory: whether the state keeps what ``observe`` returns. False hands it to ``select`` of the same
         step alone, and ``observe`` always sees the memory of ``init``: a gradient that only the refresh
         reads takes no memory then.
@@ -135,7 +137,9 @@ def init(rule: MaskRule, params: Params) -> MaskState:
     """Return the state before the first step; its mask already obeys the rule."""
     key = jax.random.key(rule.seed)
     memory = () if rule.init is None else rule.init(params)
-    if rule.first is not None:
+    if trees.is_placeholder(params):  # to optax.tree_map_params: masks are not shaped like the parameters
+        bits = jnp.zeros((), bool)
+    elif rule.first is not None:
         bits = random_bits(rule.first, key, params, packed=rule.packed)
     else:
         mask = _selected(rule, memory, None, params, key, jnp.zeros((), jnp.int32))
@@ -187,7 +191,7 @@ def _refreshed(
 
     def refresh() -> tuple[Mask, jax.Array]:
         key = jax.random.wrap_key_data(hashing.folded(state.key, step + 1))
-        if isinstance(rule.select, OnBits) and shards.single() and jax.sharding.get_abstract_mesh().empty:
+        if isinstance(rule.select, OnBits) and _plain(params):
             return rule.select.bits(state.memory, state.bits, params, key, step)
         old = state.mask
         new = _selected(rule, state.memory, old, params, key, step)
@@ -199,13 +203,24 @@ def _refreshed(
     return jax.lax.cond(due, refresh, lambda: (state.bits, state.churn))
 
 
+def _plain(params: Params) -> bool:
+    """Whether parameters are on a single device, in no box of Flax's, so that nothing says how they lie."""
+    return shards.single() and jax.sharding.get_abstract_mesh().empty and not boxes.any_in(params)
+
+
 def _selected(
     rule: MaskRule, memory: PyTree, mask: Mask | None, params: Params, key: jax.Array, step: jax.Array
 ) -> Mask:
     assert rule.select is not None  # MaskRule has checked it
-    selected = rule.select(memory, mask, params, key, step)
-    check_mask(selected, params)
-    return selected
+    return fitted(rule.select(memory, mask, params, key, step), params)
+
+
+def boxed(rule: MaskRule, state: MaskState, params: Params) -> MaskState:
+    """Return a state whose arrays are in the boxes that the parameters have, as the rule expects them."""
+    memory = state.memory
+    if rule.init is not None:
+        memory = boxes.filled(jax.eval_shape(rule.init, params), memory)
+    return state._replace(bits=boxes.filled(params, state.bits), memory=memory)
 
 
 def _check_memory(rule: MaskRule, state: MaskState, params: Params) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ssam_jax._base import checks, shardings, trees
 from ssam_jax.ascent import ball
-from ssam_jax.masks.fitting import check_mask
+from ssam_jax.masks.fitting import fitted
 from ssam_jax.sharpness import objective as obj
 from ssam_jax.sharpness import progress as bars
 from ssam_jax.sharpness.arguments import above_zero, at_least_one, seed_of
@@ -72,7 +72,7 @@ def worst_case_rise(
         step_size = rho if steps == 1 else 2 * rho / steps
     above_zero("step_size", step_size)
     checks.choice("normalize", normalize, ("global", "masked"))
-    _check_mask(mask, measured.params)
+    mask = _fitted(mask, measured.params)
     search = functools.partial(
         _search, _ascent_programs(loss_fn, normalize, adaptive), measured.params, mask, rho, steps, step_size
     )
@@ -135,7 +135,7 @@ def average_rise(
     measured = obj.objective(loss_fn, params, batches)
     above_zero("sigma", sigma)
     at_least_one("samples", samples)
-    _check_mask(mask, measured.params)
+    mask = _fitted(mask, measured.params)
     here, noisy = _noise_programs(loss_fn, adaptive)
     loss = here(measured.params, measured.batches)
     key, rises = jax.random.key(seed_of(seed)), []
@@ -217,6 +217,5 @@ def _displaced(params: Params, away: Params, adaptive: bool) -> Params:
     return ball.displaced(params, away, ball.scales(params) if adaptive else None)
 
 
-def _check_mask(mask: Any, params: Params) -> None:
-    if mask is not None:
-        check_mask(mask, params)
+def _fitted(mask: Mask | None, params: Params) -> Mask | None:
+    return None if mask is None else fitted(mask, params)

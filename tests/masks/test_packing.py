@@ -82,11 +82,13 @@ def test_a_sharded_mask_is_packed_and_unpacked_where_it_lies(mode, shape, spec):
     assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
 
 
-def test_words_that_explicit_axes_would_split_are_refused_with_the_remedy():
+def test_a_leaf_whose_words_explicit_axes_would_split_stays_bool():
     mesh = jax.sharding.AbstractMesh((16,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
     spread = jax.ShapeDtypeStruct((64,), jnp.bool_, sharding=NamedSharding(mesh, PartitionSpec("d")))
-    with pytest.raises(ValueError, match=r"'bias' would be kept as 8 words .* 16 devices .* packed=False"):
-        jax.eval_shape(packing.pack, {"bias": spread})
+    whole = jax.ShapeDtypeStruct((128,), jnp.bool_, sharding=spread.sharding)
+    packed = jax.eval_shape(packing.pack, {"split": spread, "whole": whole})
+    assert (packed["split"].dtype, packed["split"].shape) == (jnp.bool_, (64,))
+    assert (packed["whole"].dtype, packed["whole"].shape) == (jnp.uint8, (16,))
 
 
 PARAMS = {

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssam_jax._base import trees
+from ssam_jax._base import boxes, trees
 from ssam_jax.two_pass.active import Active, FirstRow, check_entry, entries
 from ssam_jax.two_pass.implicit.weights import Fact, weight_fact
 from ssam_jax.two_pass.splitting import Piece
@@ -33,7 +33,9 @@ def check_mask(mask: Mask | Active | None, params: Params, form: Form) -> list[L
         return None
     if mask is None:
         raise ValueError("form='implicit' needs mask, such as get_mask(opt_state); got None.")
-    leaves = zip(entries(mask, params, "mask"), trees.leaf_paths(params), jax.tree.leaves(params))
+    leaves = zip(
+        entries(boxes.like(mask, params), params, "mask"), trees.leaf_paths(params), jax.tree.leaves(params)
+    )
     return [_check_leaf(*leaf) for leaf in leaves]
 
 

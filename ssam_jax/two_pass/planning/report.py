@@ -5,7 +5,7 @@ import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -76,6 +76,7 @@ def explain_two_pass(
     params: Params,
     *args: PyTree,
     active: Active | None = None,
+    **kwargs: PyTree,
 ) -> TwoPassReport:
     """Report what two-pass gradients of a loss cost for a choice of active leaves.
 
@@ -84,10 +85,11 @@ def explain_two_pass(
     takes.
 
     Args:
-      loss_fn: ``loss_fn(params, *args)`` returns a scalar or a pair of it and aux.
+      loss_fn: ``loss_fn(params, *args, **kwargs)`` returns a scalar or a pair of it and aux.
       params: pytree of floating-point arrays, or of their ``jax.ShapeDtypeStruct``.
       *args: as in a call of the loss; arrays may be given as ``jax.ShapeDtypeStruct``.
       active: None for all, or an entry for each leaf, as `two_pass_value_and_grad` takes it.
+      **kwargs: likewise; the name ``active`` is not passed on.
 
     Raises:
       TypeError: a parameter is not a real floating-point array, or the loss is not one.
@@ -102,7 +104,7 @@ def explain_two_pass(
     >>> report.relative_to_sgd
     1.2
     """
-    traced = _trace(loss_fn, params, args)
+    traced = _trace(loss_fn, params, args, kwargs)
     chosen = check_active(active, params)
     counted = costs.count(traced)
     effect = tracing.side_effect(traced.jaxpr)
@@ -125,6 +127,7 @@ def choose_active(
     *args: PyTree,
     scores: Scores,
     budget: float = 1.25,
+    **kwargs: PyTree,
 ) -> Active:
     """Return the leaves with the largest total score that a step can perturb within a budget.
 
@@ -134,13 +137,14 @@ def choose_active(
     Leaves whose score is 0 are not chosen.
 
     Args:
-      loss_fn: ``loss_fn(params, *args)`` returns a scalar or a pair of it and aux.
+      loss_fn: ``loss_fn(params, *args, **kwargs)`` returns a scalar or a pair of it and aux.
       params: pytree of floating-point arrays, or of their ``jax.ShapeDtypeStruct``.
       *args: as in a call of the loss; arrays may be given as ``jax.ShapeDtypeStruct``.
       scores: tree of the structure of ``params``, of arrays of any shape, finite and not negative. A
         leaf's score is the sum of its array, in float64 on the host. A row's score is the sum of its row;
         if the array does not have as many rows, they share its sum equally.
       budget: what a step may cost, in SGD steps: 1 perturbs next to nothing, and 2 suffices for all.
+      **kwargs: as ``args``; the names ``scores`` and ``budget`` are not passed on.
 
     Returns:
       The choice, to be the static ``active`` of `two_pass_value_and_grad`. No other choice within the budget
@@ -161,7 +165,7 @@ def choose_active(
     (False, True)
     """
     arrays = _check_choice(params, scores, budget)
-    counted = costs.count(_trace(loss_fn, params, args))
+    counted = costs.count(_trace(loss_fn, params, args, kwargs))
     if not counted.sgd:
         return tuple(bool(budget >= 2 and array.sum() > 0) for array in arrays)
     by_row = list(itertools.chain(*map(_row_scores, arrays, counted.rows)))
@@ -177,17 +181,20 @@ def choose_active(
 
 
 def _trace(
-    loss_fn: Callable[..., Scalar | tuple[Scalar, PyTree]], params: Params, args: Sequence[PyTree]
+    loss_fn: Callable[..., Scalar | tuple[Scalar, PyTree]],
+    params: Params,
+    args: Sequence[PyTree],
+    kwargs: Mapping[str, PyTree],
 ) -> tracing.Traced:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, *args), got {loss_fn!r}.")
     trees.check_floating(params, "params")
 
-    def pair(params: Params, *args: PyTree) -> tuple[Scalar, PyTree]:
-        value = loss_fn(params, *args)
+    def pair(params: Params, args: PyTree, kwargs: PyTree) -> tuple[Scalar, PyTree]:
+        value = loss_fn(params, *args, **kwargs)
         return value if isinstance(value, tuple) and len(value) == 2 else (value, ())
 
-    return losses.trace_loss(pair, params, *args, has_aux=True).traced
+    return losses.trace_loss(pair, params, args, kwargs, has_aux=True).traced
 
 
 def _part(jaxpr: tracing.Equations) -> Part:

@@ -131,6 +131,19 @@ def test_a_report_without_a_choice_is_on_plain_sam():
     assert report.relative_to_sam == 1
 
 
+def test_keyword_arguments_reach_the_loss_as_in_a_call_of_it():
+    def loss(params, rows, *, scale, deep):
+        return mlp(params, rows) * scale if deep else jnp.sum(params["a"])
+
+    given, active = {"scale": shape(), "deep": True}, (False, False, True)
+    plain = explain_two_pass(mlp, SQUARES, ROWS, active=active)
+    for args, rows in (((ROWS,), {}), ((), {"rows": ROWS})):
+        report = explain_two_pass(loss, SQUARES, *args, active=active, **rows, **given)
+        assert (report.prefix, report.suffix.flops) == (plain.prefix, plain.suffix.flops)
+        scores = dict.fromkeys(SQUARES, 1.0)
+        assert choose_active(loss, SQUARES, *args, scores=scores, budget=1.25, **rows, **given) == active
+
+
 def test_a_report_prints_as_a_table():
     report = explain_two_pass(mlp, SQUARES, ROWS, active=(False, False, True))
     assert str(report).splitlines() == [

@@ -23,6 +23,7 @@ from ssam_jax import (
     random_mask,
     ssam,
 )
+from ssam_jax._base import rounding
 from ssam_jax.masks import rule as masks
 from ssam_jax.masks.packing import churn
 
@@ -129,6 +130,43 @@ def test_accumulators_have_the_dtype_asked_for_and_are_computed_in_float32(dtype
         mean = 0.9 * expected + 0.1 * flat(g).astype(np.float32) ** 2
         expected = mean.astype(dtype).astype(np.float32)
         np.testing.assert_allclose(flat(state.memory).astype(np.float32), expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("decay", [0.95, 0.998])
+def test_means_in_bfloat16_do_not_stall(decay):
+    """Beside float32: on a constant gradient, after a fall to a thousandth in size, and on a noisy one."""
+    params = jnp.zeros(256)
+    steep = np.random.default_rng(0).normal(size=256).astype(np.float32)
+    rules = [
+        fisher_mask(Positive(), refresh_every=9, decay=decay, accumulator_dtype=dtype)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+
+    @jax.jit
+    def means(memories, start, size, roughness):
+        def observe(memories, step):
+            noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (256,))
+            grads = size * steep * (1 + roughness * noise)
+            seen = [rule.observe(m, params, None, grads, step) for rule, m in zip(rules, memories)]
+            return seen, seen[1].astype(jnp.float32) / seen[0]
+
+        memories, ratios = jax.lax.scan(observe, memories, start + jnp.arange(4000))
+        return memories, jnp.mean(ratios[3000:]), jnp.max(jnp.abs(ratios[-1] - 1))
+
+    memories = [rule.init(params) for rule in rules]
+    for start, (size, roughness) in enumerate([(1.0, 0.0), (0.03, 0.0), (1.0, 1.0)]):
+        memories, ratio, worst = means(memories, 4000 * start, size, roughness)
+        np.testing.assert_allclose(ratio, 1, atol=0.03)
+        assert worst < (0.15 if roughness else 0.05)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1.0, 3.39e38, np.nan])
+def test_a_number_rounded_by_turns_is_right_on_average_and_stays_finite(value):
+    x = jnp.float32(value) * jnp.float32(1 + 2**-9)  # a quarter of the way to the next
+    each = [float(rounding.rounded(x, jnp.bfloat16, jnp.int32(i))) for i in range(1, 101)]
+    largest = float(jnp.finfo(jnp.bfloat16).max)
+    np.testing.assert_allclose(np.mean(each), min(float(x), largest), rtol=1e-4)
+    assert len(set(each)) == (2 if 0 < value < largest else 1) or np.isnan(value)
 
 
 def test_without_refresh_fisher_keeps_no_accumulators_and_never_changes():

@@ -159,7 +159,8 @@ def ssam(
         else:
             descent, joined = with_ascent(grad_fn)
         state = state._replace(combine=joined)
-        return descent, factors.advance(state, params, updates, descent, **extra_args)
+        known = updates if grad_fn is None or _is_complete(grad_fn) else None
+        return descent, factors.advance(state, params, known, descent, **extra_args)
 
     return optax.GradientTransformationExtraArgs(factors.init, update)
 

@@ -296,6 +296,28 @@ def test_a_mask_rule_gets_both_gradients_and_its_new_mask_serves_the_next_step()
     np.testing.assert_array_equal(seen[1]["kernel"] != params["kernel"], ~MASK["kernel"])
 
 
+@pytest.mark.parametrize(("partial", "form"), [(True, "explicit"), (False, "implicit"), (False, "explicit")])
+def test_a_mask_rule_gets_no_ascent_gradient_that_is_not_complete(partial, form):
+    class Gradient:
+        def __init__(self):
+            self.partial, self.form, self.ascent = partial, form, grad_fn
+
+        def __call__(self, params, i):
+            return grad_fn(params, i)
+
+        def value_and_grad(self, params, i):
+            raise NotImplementedError
+
+    def observe(memory, params, ascent_grads, descent_grads, step):
+        got.append(ascent_grads)
+        return memory
+
+    got, params = [], make_params()
+    tx = ssam(0.1, ssam_jax.MaskRule(None, observe, fixed_mask(MASK).select), normalize="masked")
+    tx.update(grad_fn(params, 0), tx.init(params), params, grad_fn=Gradient())
+    assert (got[0] is None) == (partial or form == "implicit")
+
+
 # Errors.
 
 

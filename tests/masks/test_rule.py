@@ -7,6 +7,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from hypothesis import strategies as st
@@ -17,6 +18,9 @@ from ssam_jax import (
     Pattern,
     Structured,
     Unstructured,
+    alternating,
+    carried,
+    combine,
     dynamic_mask,
     fisher_mask,
     fixed_mask,
@@ -270,6 +274,48 @@ def test_a_trade_drops_the_lowest_grows_the_highest_and_keeps_the_density(kind, 
             score = units(kind, scores[grow])[i]
             order = sorted(np.flatnonzero(~before), key=lambda j: (-score[j], j))
             assert set(grown) == set(order[:count])
+
+
+def perturbed(params, ascent_grads, descent_grads):
+    """|w + eps|, by which the authors' code drops for "weight"; a mask would not change the active ones."""
+    return jax.tree.map(lambda p, g: p + 3.0 * g, params, ascent_grads)
+
+
+@pytest.mark.parametrize(
+    "drop, grow, score, to_keep, to_grow",
+    [
+        ("gradient", "gradient", "descent", "descent", "descent"),
+        ("gradient", "gradient", "ascent", "ascent", "ascent"),
+        (perturbed, "gradient", "ascent", "point", "ascent"),
+        ("weight", lambda params, ascent, descent: descent, "descent", "weight", "descent"),
+    ],
+)
+def test_a_score_is_of_either_gradient_or_a_function_of_both(drop, grow, score, to_keep, to_grow):
+    ascent, descent = like(PARAMS, 1), like(PARAMS, 2)
+    sizes = {"ascent": ascent, "descent": descent, "weight": PARAMS, "point": perturbed(PARAMS, ascent, None)}
+    sizes = {name: abs(flat(tree)) for name, tree in sizes.items()}
+    mask = jax.tree.map(lambda p: jnp.arange(p.size).reshape(p.shape) % 2 == 0, PARAMS)
+    rule = dynamic_mask(
+        HALF, refresh_every=1, drop_fraction=lambda step: 0.5, drop=drop, grow=grow, score=score
+    )
+    update = jax.jit(lambda mask: masks.update(rule, *start(rule, mask), ascent, descent, jnp.int32(0)))
+    after = flat(update(mask).mask)
+    before = flat(mask)
+    count = round(before.sum() / 2)
+    active = sorted(np.flatnonzero(before), key=lambda i: -sizes[to_keep][i])
+    idle = sorted(np.flatnonzero(~before), key=lambda i: -sizes[to_grow][i])
+    assert set(np.flatnonzero(after)) == {*active[: len(active) - count], *idle[:count]}
+
+
+def test_scores_of_the_ascent_gradient_need_one():
+    rule = dynamic_mask(HALF, refresh_every=1, total_steps=9, score="ascent")
+    tx, grads = carried(optax.sgd(0.1), 0.1, rule), PARAMS
+    with pytest.raises(
+        ValueError, match=r"needs the complete gradient at w.*combine=ssam_jax.combine.replace"
+    ):
+        tx.update(grads, tx.init(PARAMS), PARAMS)
+    tx = alternating(optax.sgd(0.1), 0.1, rule, combine=combine.replace())
+    jax.eval_shape(tx.update, grads, tx.init(PARAMS), PARAMS)
 
 
 def test_random_growth_differs_from_step_to_step_and_is_repeatable():
@@ -567,8 +613,16 @@ def test_dynamic_refuses_patterns_that_cannot_be_traded(pattern, error, message)
     "options, error, message",
     [
         ({"refresh_every": None}, ValueError, "refresh_every must be an int: without refresh, use random"),
-        ({"drop": "loss"}, ValueError, "drop must be 'gradient', 'weight' or 'random', got 'loss'"),
-        ({"grow": None}, ValueError, "grow must be 'gradient', 'weight' or 'random', got None"),
+        (
+            {"drop": "loss"},
+            ValueError,
+            "drop must be 'gradient', 'weight' or 'random', or a function of .*'loss'",
+        ),
+        (
+            {"grow": None},
+            ValueError,
+            "grow must be 'gradient', 'weight' or 'random', or a function of .*None",
+        ),
         ({"total_steps": None}, TypeError, "total_steps must be an int of at least 1; .*got None"),
         ({"total_steps": 1e3}, TypeError, r"total_steps must be an int of at least 1; .*got 1000\.0"),
         ({"total_steps": True}, TypeError, "total_steps must be an int of at least 1; .*got True"),

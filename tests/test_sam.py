@@ -142,6 +142,17 @@ def test_scores_and_masks_go_on_being_refreshed_without_ascent():
     assert int(state.step) == 1
 
 
+def test_behind_the_optimizer_it_moves_downhill_and_returns_a_gradient_in_place_of_an_update():
+    """What the guide says of the wrong order: that nothing in the arguments tells it from the right one."""
+    params, grads = make_params(), grad_fn(make_params(), 0)
+    updates = descent(optax.chain(optax.sgd(0.2, momentum=0.9), ssam(0.3)))
+    length = distance(grads, jax.tree.map(jnp.zeros_like, grads))
+    point = jax.tree.map(lambda p, g: p - 0.3 * g / length, params, grads)
+    chex.assert_trees_all_close(updates, grad_fn(point, 0), rtol=1e-4)
+    assert optax.tree_utils.tree_vdot(updates, grads) > 0
+    assert optax.tree_utils.tree_vdot(descent(optax.chain(ssam(0.3), optax.sgd(0.2))), grads) < 0
+
+
 # The radius.
 
 

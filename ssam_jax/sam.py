@@ -1,5 +1,7 @@
 """`ssam`: gradient at ``w`` in, gradient at the sharpest nearby point out."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,6 +51,10 @@ def ssam(
     of 0. The direction and the mask rule see the gradients of such steps too. Unknown extra arguments reach
     them and the radius rule.
 
+    Without ``grad_fn``, a ``value_fn`` serves, which is called as optax's line searches call it: in
+    ``optax.chain(ssam(0.1), optax.lbfgs())``, pass ``value``, ``grad`` and ``value_fn`` and no ``grad_fn``,
+    which a line search refuses unless ``value_fn`` has a parameter of that name.
+
     A ``grad_fn`` of `two_pass_value_and_grad` says of which form it is. The gradients of the implicit form
     come from a masked backward pass, and the perturbation is not masked again.
 
@@ -79,9 +85,10 @@ def ssam(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a `SsamState`. Its ``update`` raises
 
-      - TypeError if ``grad_fn`` is missing or does not take ``(params, i)``, if a gradient or a parameter is
-        not a real floating-point array, if ``state`` is not that of this `ssam`, if a schedule does not
-        return a real scalar, or if the mask rule changes the dtypes of its memory;
+      - TypeError if ``grad_fn`` and ``value_fn`` are missing, if ``grad_fn`` does not take ``(params, i)`` or
+        ``value_fn`` is not callable, if a gradient or a parameter is not a real floating-point array, if
+        ``state`` is not that of this `ssam`, if a schedule does not return a real scalar, or if the mask rule
+        changes the dtypes of its memory;
       - ValueError if ``params`` is missing, if ``state`` is that of other parameters, if a schedule returns a
         radius that is known and out of range, if the mask rule changes the shapes of its memory, if
         ``grad_fn`` returns a tree of another structure or of other shapes than the gradient, if it is
@@ -118,7 +125,7 @@ def ssam(
     ) -> tuple[Gradients, SsamState]:
         factors.check(updates, state, params)
         state = factors.boxed(state, params)
-        grad_fn = _checked(grad_fn, factors)
+        grad_fn = _checked(grad_fn, factors, extra_args)
         radius, state = factors.radius_of(state, updates, params, **extra_args)
         uphill, state = factors.uphill(state, updates, params, **extra_args)
         mask = None if _is_implicit(grad_fn) else factors.mask_of(state, params)
@@ -152,10 +159,25 @@ def ssam(
             )
         else:
             descent, joined = with_ascent(grad_fn)
-        state = factors.advance(state._replace(combine=joined), params, updates, descent, **extra_args)
+        state = state._replace(combine=joined)
+        known = updates if grad_fn is None or _is_complete(grad_fn) else None
+        state = factors.advance(state, params, known, descent, **extra_args)
         return descent, factors.unboxed(state, params)
 
     return optax.GradientTransformationExtraArgs(factors.init, update)
+
+
+def _gradient_of(value_fn: Callable[..., Any], value: Any = None, grad: Any = None, **extra: Any) -> GradFn:
+    """Return the gradient of a ``value_fn``, called with the extra arguments that it names.
+
+    That is the protocol of optax's line searches, which take ``value`` and ``grad`` for themselves.
+    """
+    del value, grad
+    if not callable(value_fn):
+        raise TypeError(f"value_fn must be a function value_fn(params, ...) -> loss, got {value_fn!r:.100}.")
+    names = inspect.signature(value_fn).parameters
+    named = {name: extra[name] for name in names if name in extra}
+    return lambda params, i: jax.grad(value_fn)(params, **named)
 
 
 def _is_implicit(grad_fn: GradFn | None) -> bool:
@@ -187,17 +209,19 @@ def _check_options(factors: Factors, ascent_steps: int | None, skip_zero_rho: bo
         )
 
 
-def _checked(grad_fn: GradFn | None, factors: Factors) -> GradFn | None:
+def _checked(grad_fn: GradFn | None, factors: Factors, extra: dict[str, Any]) -> GradFn | None:
     """Return ``grad_fn``, None for a step without ascent, or raise unless it fits the factors."""
     if grad_fn is _MISSING:
-        if not radii.is_zero(factors.rho):
+        if radii.is_zero(factors.rho):
+            return None
+        if extra.get("value_fn") is None:
             raise TypeError(
                 "ssam needs a gradient function: tx.update(grads, state, params, grad_fn=grad_fn) with"
                 " grad_fn(params, i) -> grads. Pass grad_fn=None to take a step without the ascent"
                 " on purpose. A wrapper that drops extra arguments needs ssam_jax.alternating or"
                 " ssam_jax.carried."
             )
-        return None
+        return _gradient_of(**extra)
     if grad_fn is None:
         return None
     checks.takes("grad_fn", grad_fn, "params", "i")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import papers
 import pytest
 import test_contract as contract
 import tiny
@@ -258,6 +259,23 @@ def test_a_gradient_of_zero_has_a_finite_derivative(order, normalize):
     assert np.isfinite(found).all() and (order == "second" or found[0] == 0)
 
 
+SIZES = (1.0, 0.5, 2.0, 0.1, 1.5, 0.9, 1.1, 0.2)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_an_adaptive_gate_decides_alike_whatever_the_size_of_the_gradient(size):
+    """The variance of a squared norm is a fourth power; float32 has no number for that of 1e-12 or 1e12."""
+    rule = ssam_jax.radii.adaptive_gate(0.1, 9, decay=0.5)
+    state, decisions = rule.init({"w": jnp.zeros(1)}), []
+    for step, g in enumerate(SIZES):
+        radius, state = rule.update(state, {"w": jnp.array([size * g])}, None, jnp.int32(step))
+        decisions.append(float(radius) > 0)
+    expected = papers.gate(0.1, 9, decay=0.5)
+    gradients = [{"w": np.array([g])} for g in SIZES]
+    assert decisions == [expected(step, g) > 0 for step, g in enumerate(gradients)]
+    assert any(decisions) and not all(decisions)
+
+
 # Cost.
 
 
@@ -268,6 +286,33 @@ def gradients_touched(fn, *args):
 
 
 COUNT = 2**20
+
+
+@pytest.mark.parametrize(("size", "scale"), [(1.0, 2.0**60), (1e-25, 2.0**60), (1e25, 2.0**-60)])
+def test_a_scaled_direction_ascends_alike_and_reaches_gradients_whose_squares_are_no_numbers(size, scale):
+    params, grads = {"w": jnp.zeros(4)}, {"w": size * jnp.array([1.0, 1.0, 1.0, -1.0])}
+
+    def moved(direction):
+        tx = ssam_jax.ssam(0.5, direction=direction)
+        return tx.update(grads, tx.init(params), params, grad_fn=lambda p, i: p)[0]["w"]
+
+    unscaled = moved(None)
+    assert (unscaled == 0).all() == (size != 1.0)
+    expected = np.array([0.25, 0.25, 0.25, -0.25])
+    np.testing.assert_allclose(moved(optax.scale(scale)), expected, rtol=1e-6)
+    if size == 1.0:
+        np.testing.assert_array_equal(moved(optax.scale(scale)), unscaled)
+
+
+def test_a_scaled_direction_costs_no_pass_over_the_gradient():
+    params = {"w": jnp.ones(COUNT)}
+
+    def touched(direction):
+        tx = ssam_jax.ssam(0.1, direction=direction)
+        update = lambda g, p: tx.update(g, tx.init(p), p, grad_fn=lambda p, i: p)[0]  # noqa: E731
+        return gradients_touched(update, params, params)
+
+    assert touched(optax.scale(2.0**60)) <= touched(None) + 0.01
 
 
 @pytest.mark.skipif(

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(ssam_jax.__file__).parent
 LAYERS = [
     ["typing"],
     ["_base"],
-    ["_base.checks"],
+    ["_base.checks", "_base.rounding"],
     ["_base.trees"],
     ["_base.shardings", "_base.tracing", "_base.boxes"],
     ["ascent", "masks"],

@@ -142,6 +142,17 @@ def test_scores_and_masks_go_on_being_refreshed_without_ascent():
     assert int(state.step) == 1
 
 
+def test_behind_the_optimizer_it_moves_downhill_and_returns_a_gradient_in_place_of_an_update():
+    """What the guide says of the wrong order: that nothing in the arguments tells it from the right one."""
+    params, grads = make_params(), grad_fn(make_params(), 0)
+    updates = descent(optax.chain(optax.sgd(0.2, momentum=0.9), ssam(0.3)))
+    length = distance(grads, jax.tree.map(jnp.zeros_like, grads))
+    point = jax.tree.map(lambda p, g: p - 0.3 * g / length, params, grads)
+    chex.assert_trees_all_close(updates, grad_fn(point, 0), rtol=1e-4)
+    assert optax.tree_utils.tree_vdot(updates, grads) > 0
+    assert optax.tree_utils.tree_vdot(descent(optax.chain(ssam(0.3), optax.sgd(0.2))), grads) < 0
+
+
 # The radius.
 
 
@@ -294,6 +305,28 @@ def test_a_mask_rule_gets_both_gradients_and_its_new_mask_serves_the_next_step()
     assert [step for *_, step in got] == [0, 1]
     np.testing.assert_array_equal(seen[0]["kernel"] != params["kernel"], MASK["kernel"])
     np.testing.assert_array_equal(seen[1]["kernel"] != params["kernel"], ~MASK["kernel"])
+
+
+@pytest.mark.parametrize(("partial", "form"), [(True, "explicit"), (False, "implicit"), (False, "explicit")])
+def test_a_mask_rule_gets_no_ascent_gradient_that_is_not_complete(partial, form):
+    class Gradient:
+        def __init__(self):
+            self.partial, self.form, self.ascent = partial, form, grad_fn
+
+        def __call__(self, params, i):
+            return grad_fn(params, i)
+
+        def value_and_grad(self, params, i):
+            raise NotImplementedError
+
+    def observe(memory, params, ascent_grads, descent_grads, step):
+        got.append(ascent_grads)
+        return memory
+
+    got, params = [], make_params()
+    tx = ssam(0.1, ssam_jax.MaskRule(None, observe, fixed_mask(MASK).select), normalize="masked")
+    tx.update(grad_fn(params, 0), tx.init(params), params, grad_fn=Gradient())
+    assert (got[0] is None) == (partial or form == "implicit")
 
 
 # Errors.

@@ -307,6 +307,68 @@ def test_alternating_passes_extra_arguments_to_the_mask_rule_and_the_optimizer()
     assert float(state.opt_state[1].best_value) == 2
 
 
+# solvers that take extra arguments
+
+
+def backtracking(**options):
+    return optax.scale_by_backtracking_linesearch(9, **options)
+
+
+SOLVERS = {
+    "backtracking": lambda: optax.chain(optax.sgd(1.0), backtracking(store_grad=True)),
+    "zoom": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_zoom_linesearch(9)),
+    "lbfgs": lambda: optax.lbfgs(linesearch=backtracking()),
+    "polyak": optax.polyak_sgd,
+    "momo": optax.contrib.momo,
+    "plateau": lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+}
+
+
+def named(params, batch, grad_fn):
+    """The loss, with a parameter for what the line searches would refuse else."""
+    return tiny.loss(params, batch)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers_that_take_extra_arguments_follow_ssam(name):
+    solver, params, batch = SOLVERS[name](), tiny.params(), tiny.BATCHES[0]
+    tx = optax.chain(ssam(), solver)
+    value, grad = jax.value_and_grad(tiny.loss)(params, batch)
+    known = {"value": value, "grad": grad, "batch": batch}
+    expected, _ = solver.update(
+        descent(params, batch), solver.init(params), params, value_fn=tiny.loss, **known
+    )
+    assert tiny.differ(expected, jax.tree.map(jnp.zeros_like, params))
+    given = [{"value_fn": tiny.loss}]
+    if name == "backtracking":
+        given.append({"value_fn": named, "grad_fn": tiny.grad_fn_of(batch)})
+    for extra in given:
+        updates, _ = tx.update(grad, tx.init(params), params, **known, **extra)
+        tiny.assert_close(updates, expected)
+
+
+def test_a_value_and_gradient_that_a_line_search_has_stored_start_the_next_step():
+    tx = optax.chain(ssam(rho=0.01), SOLVERS["backtracking"]())
+    params, state = start(tx)
+    value_and_grad, losses = optax.value_and_grad_from_state(tiny.loss), []
+    for _ in range(3):
+        known = {"batch": tiny.BATCHES[0]}
+        value, grad = value_and_grad(params, state=state, **known)
+        losses.append(float(value))
+        updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=tiny.loss, **known)
+        params = optax.apply_updates(params, updates)
+    tiny.assert_close(optax.tree_utils.tree_get(state, "grad"), tiny.grad_fn_of(tiny.BATCHES[0])(params, 0))
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_a_value_fn_that_is_no_function_is_refused_and_a_grad_fn_of_none_goes_first():
+    tx, grads = ssam(), tiny.grad_fn_of(tiny.BATCHES[0])(tiny.params(), 0)
+    with pytest.raises(TypeError, match=r"value_fn must be a function value_fn\(params, ...\).*got 3"):
+        tx.update(grads, tx.init(tiny.params()), tiny.params(), value_fn=3)
+    updates, _ = tx.update(grads, tx.init(tiny.params()), tiny.params(), value_fn=3, grad_fn=None)
+    tiny.assert_same(updates, grads)
+
+
 # reading and replacing the mask
 
 WRAPPERS = {

@@ -26,7 +26,8 @@ Criterion = Literal["gradient", "weight", "random"]
 class Config:
     """Train a network with SGD, Adam or AdamW, plain or sharpness-aware (SAM, sparse SAM).
 
-    Give the same command again to resume a run that was killed from its last checkpoint.
+    Give the same command again to resume a run that was killed from its last checkpoint. It ends bit for bit
+    the same on the same devices and the same number of CPU cores; on others sums are rounded otherwise.
     """
 
     preset: Preset = "none"

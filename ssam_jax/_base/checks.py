@@ -17,11 +17,11 @@ LARGEST = 1e30
 """The largest factor on a gradient; beyond it float32 overflows."""
 
 
-def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise ValueError unless ``value`` is one of some strings."""
+def choice(name: str, value: Any, allowed: Sequence[str], *, also: str = "") -> None:
+    """Raise ValueError unless ``value`` is one of some strings; ``also`` is what else the caller allows."""
     if not (isinstance(value, str) and value in allowed):
         *others, last = map(repr, allowed)
-        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}{also}, got {value!r}.")
 
 
 def flag(name: str, value: Any) -> None:

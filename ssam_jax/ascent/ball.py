@@ -30,7 +30,9 @@ def perturb(
     replaces the perturbation by :math:`\rho \, T^2 d / \|T d\|_2` with :math:`T = |w| + 0.01`, and
     :math:`T = 1` for biases, as its authors do.
 
-    The norm is accumulated in float32. A norm of zero or one that is not finite gives ``params``.
+    The norm is accumulated in float32. A norm of zero or one that is not finite gives ``params``. So do
+    norms below 1e-19 or above 1e19, whose squares are no numbers of float32: scale the direction by a power
+    of two, on whose size the point does not depend.
 
     Args:
       params: pytree of floating-point arrays.

@@ -105,11 +105,11 @@ class GateState(NamedTuple):
 
     Attributes:
       mean: float32 scalar, the running mean of the squared gradient norm.
-      variance: float32 scalar, its running variance.
+      deviation: float32 scalar, the root of its running variance.
     """
 
     mean: jax.Array
-    variance: jax.Array
+    deviation: jax.Array
 
 
 def adaptive_gate(
@@ -162,11 +162,12 @@ def adaptive_gate(
         del params, extra
         square = jnp.square(trees.global_norm(grads)).astype(state.mean.dtype)
         mean = decay * state.mean + (1 - decay) * square
-        variance = decay * state.variance + (1 - decay) * jnp.square(square - mean)
+        # The root of the running variance, without the fourth powers of gradients, which overflow soon.
+        deviation = jnp.hypot(decay**0.5 * state.deviation, (1 - decay) ** 0.5 * (square - mean))
         progress = jnp.minimum(step.astype(mean.dtype) / total_steps, 1)
-        bar = mean + (start + (end - start) * progress) * jnp.sqrt(variance)
+        bar = mean + (start + (end - start) * progress) * deviation
         known = jnp.isfinite(square)  # a gradient that is not finite leaves the means as they are
-        new = trees.where(known, GateState(mean, variance), state)
+        new = trees.where(known, GateState(mean, deviation), state)
         return jnp.where(square >= bar, radius_at(rho, step), 0), new
 
     return RadiusRule(init, update)

@@ -1,19 +1,23 @@
 """Masks from dynamic sparse training (SSAM-D): drop the flattest, grow others."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from ssam_jax._base import checks, shardings
+from ssam_jax._base import checks, shardings, trees
 from ssam_jax.masks import trading
 from ssam_jax.masks.fitting import check_pattern
 from ssam_jax.masks.patterns import NM, Pattern, Structured, UnitPattern, Unstructured
 from ssam_jax.masks.rule import MaskRule, OnBits
 from ssam_jax.typing import Gradients, Mask, Params, PyTree, Scalar, Schedule, Scores
 
-Criterion = Literal["gradient", "weight", "random"]
+Criterion: TypeAlias = (
+    Literal["gradient", "weight", "random"] | Callable[[Params, Gradients | None, Gradients], Scores]
+)
+"""By which score entries are dropped or grown: one of three, or a function of your own."""
 
 
 def dynamic_mask(
@@ -24,6 +28,7 @@ def dynamic_mask(
     total_steps: int | None = None,
     drop: Criterion = "gradient",
     grow: Criterion = "random",
+    score: Literal["descent", "ascent"] = "descent",
     seed: int | jax.Array = 0,
     packed: bool = True,
 ) -> MaskRule:
@@ -45,25 +50,31 @@ def dynamic_mask(
       drop_fraction: f_0, 0 to 1, or an optax schedule for f itself, whose values below 0 and NaN count as
         0, and those above 1 as 1.
       total_steps: T_end, from which on nothing is traded. A schedule may do without.
-      drop: the score by which to drop: ``"gradient"``, the magnitude of the descent gradient, the only
-        one that is exact and complete in every form (the paper's choice: the flattest go); ``"weight"``,
-        that of the parameter; or ``"random"``. A unit's score is the mean over it.
+      drop: the score by which to drop: ``"gradient"``, the magnitude of the gradient (the paper's choice: the
+        flattest go); ``"weight"``, that of the parameter; ``"random"``; or a function
+        ``(params, ascent_grads, descent_grads) -> scores`` of your own, ranked by their magnitude, whose
+        ``ascent_grads`` are None where `MaskRule` says so. A unit's score is the mean over it.
       grow: the score by which to grow, the largest first; the same choices.
+      score: which gradient ``"gradient"`` means: ``"descent"``, at ``w + eps``, the only one that is exact
+        and complete in every form; or ``"ascent"``, at ``w``, as the authors' code has it. Neither `carried`
+        nor `alternating` without a ``combine`` keeps the latter, and two-pass gradients with ``active`` or of
+        the implicit form are not all of it.
       seed: seed of the first mask and of everything drawn later, as for `MaskRule`.
       packed: as for `MaskRule`.
 
     Returns:
-      A `MaskRule` without memory.
+      A `MaskRule` without memory. With ``score="ascent"`` its ``observe`` raises ValueError where there is no
+      ascent gradient.
 
     Raises:
       TypeError: an argument is of the wrong kind.
-      ValueError: an argument is out of range, or the pattern cannot be traded at constant density.
+      ValueError: an argument is out of range, the pattern cannot be traded at constant density, or ``score``
+        is ``"ascent"`` and neither ``drop`` nor ``grow`` is ``"gradient"``.
     """
     units = _tradable(pattern)
     if refresh_every is None:
         raise ValueError("refresh_every must be an int: without refresh, use random_mask(pattern).")
-    for name, value in (("drop", drop), ("grow", grow)):
-        checks.choice(name, value, ("gradient", "weight", "random"))
+    _check_criteria(drop, grow, score)
     fraction = _drop_schedule(drop_fraction, total_steps)
 
     def observe(
@@ -73,26 +84,32 @@ def dynamic_mask(
         descent_grads: Gradients,
         step: jax.Array,
         **extra: Any,
-    ) -> Gradients:
-        del memory, params, ascent_grads, step, extra
-        return descent_grads
+    ) -> PyTree:
+        del memory, params, step, extra
+        if score == "ascent" and ascent_grads is None:
+            raise ValueError(_NO_ASCENT)
+        gradient = ascent_grads if score == "ascent" else descent_grads
+        return gradient, *((ascent_grads, descent_grads) if callable(drop) or callable(grow) else ())
 
-    def select(grads: Gradients, mask: Mask | None, params: Params, key: jax.Array, step: jax.Array) -> Mask:
+    def select(grads: PyTree, mask: Mask | None, params: Params, key: jax.Array, step: jax.Array) -> Mask:
         return shardings.computed_like(params, traded, key, mask, grads, fraction(step))
 
     def bits(
-        grads: Gradients, bits: Mask, params: Params, key: jax.Array, step: jax.Array
+        grads: PyTree, bits: Mask, params: Params, key: jax.Array, step: jax.Array
     ) -> tuple[Mask, jax.Array]:
-        return trading.traded_bits(
-            units, bits, params, *scores(params, grads), jnp.asarray(fraction(step)), key
-        )
+        share = jnp.asarray(fraction(step))
+        return trading.traded_bits(units, bits, params, *scores(params, grads), share, key)
 
-    def traded(params: Params, key: jax.Array, mask: Mask, grads: Gradients, share: jax.Array) -> Mask:
+    def traded(params: Params, key: jax.Array, mask: Mask, grads: PyTree, share: jax.Array) -> Mask:
         return trading.traded(units, mask, params, *scores(params, grads), share, key)
 
-    def scores(params: Params, grads: Gradients) -> tuple[Scores | None, Scores | None]:
-        known = {"gradient": grads, "weight": params, "random": None}
-        return known[drop], known[grow]
+    def scores(params: Params, grads: PyTree) -> tuple[Scores | None, Scores | None]:
+        known = {"gradient": grads[0], "weight": params, "random": None}
+        dropped, grown = (
+            _scores(name, by, params, *grads[1:]) if callable(by) else known[by]
+            for name, by in (("drop", drop), ("grow", grow))
+        )
+        return dropped, grown
 
     selects = OnBits(select, bits) if isinstance(units, Unstructured) else select
     return MaskRule(
@@ -105,6 +122,37 @@ def dynamic_mask(
         keeps_memory=False,
         first=pattern,
     )
+
+
+_NO_ASCENT = (
+    "dynamic_mask(score='ascent') needs the complete gradient at w on every step, and there is none: carried"
+    " keeps none, alternating keeps it for a combine (combine=ssam_jax.combine.replace() changes no step),"
+    " and two_pass_value_and_grad computes a part of it with active or form='implicit'. Use ssam with a"
+    " grad_fn of complete gradients, or score='descent'."
+)
+
+
+def _check_criteria(drop: Criterion, grow: Criterion, score: str) -> None:
+    names = ("gradient", "weight", "random")
+    for name, value in (("drop", drop), ("grow", grow)):
+        if callable(value):
+            checks.takes(name, value, "params", "ascent_grads", "descent_grads")
+        else:
+            checks.choice(name, value, names, also=", or a function of (params, ascent_grads, descent_grads)")
+    checks.choice("score", score, ("descent", "ascent"))
+    if score == "ascent" and "gradient" not in (drop, grow):
+        raise ValueError(
+            "score='ascent' says which gradient 'gradient' means: give drop='gradient' or grow='gradient',"
+            f" got drop={drop!r:.60} and grow={grow!r:.60}."
+        )
+
+
+def _scores(name: str, function: Callable[..., Scores], params: Params, *grads: PyTree) -> Scores:
+    """Return the scores of a function of the user's, or raise unless they are such."""
+    scores = function(params, *grads)
+    trees.check_same_shapes(scores, params, f"what {name} returns", "params")
+    trees.check_floating(scores, f"what {name} returns", "return a score for each entry")
+    return scores
 
 
 def _drop_schedule(drop_fraction: float | Schedule, total_steps: int | None) -> Schedule:

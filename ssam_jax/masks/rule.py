@@ -44,7 +44,8 @@ class MaskRule:
       init: ``init(params) -> memory``, a pytree of arrays. None: there is no memory, which is ``()``.
       observe: ``observe(memory, params, ascent_grads, descent_grads, step, **extra) -> memory``, called
         every step after the descent gradient, with ``step`` an int32 scalar that counts from 0.
-        ``ascent_grads`` is the gradient at ``params``, or None where the carrier does not keep it.
+        ``ascent_grads`` is the gradient at ``params``, or None where the carrier does not keep it, or has it
+        of the active leaves alone or of the implicit form.
         ``extra`` holds the extra arguments of ``tx.update``. None: the memory never changes.
       select: ``select(memory, mask, params, key, step) -> mask``, called on refresh steps, and once by
         ``init`` with ``mask=None`` and ``step=0``. A mask is a pytree of bool arrays of the structure of the

@@ -282,16 +282,15 @@ def split_passes(
 
     inactive = [not flag for flag in is_active]
     fixed = _where(inactive, values)
-    fixed_vars = halves.prefix.invars[len(consts) : len(consts) + len(fixed)]
     # Only where a gradient flows from both sides; a cotangent of zeros is not the same as none.
-    to_a_leaf = tracing.depends(halves.prefix, fixed_vars)
     from_the_loss = splitting.carries_gradient(halves.suffix, halves.cut)
-    graded = list(map(operator.and_, to_a_leaf, from_the_loss))
+    graded: list[bool] = []
 
     def prefix(fixed: list[jax.Array]) -> tuple[list[jax.Array], tuple[list[jax.Array], list[Fact | None]]]:
         inputs = [*consts, *fixed, *args]
         given = [*(None for _ in consts), *_where(inactive, facts), *(None for _ in args)]
         results, known = masked_evaluate(halves.prefix, (), inputs, given, masked=False, strict=strict)
+        graded[:] = map(operator.and_, from_the_loss, splitting.have_derivatives(results, fixed))
         return _where(graded, results), (_where(map(operator.not_, graded), results), known)
 
     with_gradient, pull, (others, cut_facts) = jax.vjp(prefix, fixed, has_aux=True)

@@ -8,9 +8,10 @@ Then `split` draws it. The values that cross the line are the *cut*.
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ssam_jax._base import shardings, tracing
@@ -141,6 +142,34 @@ def carries_gradient(jaxpr: tracing.Equations, inputs: Sequence[tracing.Variable
         if any(var in found for var in eqn.outvars) and not primitives.has(eqn, Trait.CONSTANT):
             found.update(tracing.variables(eqn.invars))
     return [var in found and tracing.is_inexact(var) for var in inputs]
+
+
+def have_derivatives(values: Sequence[tracing.Value], inputs: Sequence[jax.Array]) -> list[bool]:
+    """Return for each value whether its derivative may not be zero; called while JAX differentiates.
+
+    JAX knows of a value behind ``stop_gradient`` that its derivative is zero, and takes it then for the fixed
+    operand of an operation that has no derivative by it (``jax.custom_derivatives.linear_call``).
+
+    Args:
+      values: what the function that is differentiated has computed.
+      inputs: what it is differentiated by.
+    """
+    known = [False] * len(values)
+    places = [i for i, value in enumerate(values) if tracing.is_inexact(value)]
+
+    @jax.custom_jvp
+    def watched(inputs: Sequence[jax.Array], *values: jax.Array) -> tuple[jax.Array, ...]:
+        return values
+
+    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+        for i, tangent in zip(places, tangents[1:]):
+            known[i] = not isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+        return primals[1:], tuple(map(jnp.zeros_like, primals[1:]))
+
+    watched.defjvp(rule, symbolic_zeros=True)
+    if inputs:  # with which the rule is called at this level of differentiation, and not at one around it
+        watched(inputs, *(values[i] for i in places))
+    return known
 
 
 def _unfold(eqn: tracing.Equation, operands: list[Marked]) -> list[Marked]:

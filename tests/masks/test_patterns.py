@@ -1,6 +1,7 @@
 """Patterns: masks written out by hand, counts over many shapes, and every refusal."""
 
 import dataclasses
+import itertools
 import math
 
 import hypothesis
@@ -379,6 +380,34 @@ def test_random_masks_read_shapes_alone(host_selection):
 class Everything(Pattern):
     def __call__(self, scores):
         return jax.tree.map(lambda s: s >= 0, scores)
+
+
+# What the guide on moving says of the authors' second repository.
+
+
+def test_the_authors_n_of_m_of_a_dense_layer_is_ours_along_the_inputs():
+    scores = np.random.default_rng(0).random((8, 12)).astype(np.float32)  # theirs: (outputs, inputs)
+    theirs = np.zeros(scores.shape, bool)
+    for row, start in itertools.product(range(8), range(0, 12, 4)):
+        theirs[row, start + np.argsort(scores[row, start : start + 4])[2:]] = True
+    kernel = jnp.asarray(scores.T)  # Flax's: (inputs, outputs)
+    np.testing.assert_array_equal(NM(2, 4, axis=0)(kernel), theirs.T)
+    assert (np.asarray(NM(2, 4)(kernel)) != theirs.T).any()
+
+
+@pytest.mark.parametrize("pattern", [Unstructured, Structured])
+@pytest.mark.parametrize("s", [0.05, 0.5, 0.7])
+def test_the_authors_number_of_kept_entries_has_a_spelling(host_selection, pattern, s):
+    scores = {"1": np.arange(3, dtype=np.float32), "2": 10 + np.arange(8, dtype=np.float32)}
+    budget = int((1 - s) * 11)
+    mask = pattern(1 - budget / 11)(scores)
+    if pattern is Unstructured:
+        assert kept(mask, scores) == budget
+    else:
+        best, found = sorted(scores, key=lambda name: -int(name)), 0
+        while found < budget:
+            found += scores[best.pop(0)].size
+        assert kept(mask, scores) == found
 
 
 def test_a_pattern_of_ones_own_gets_random_masks_for_free():

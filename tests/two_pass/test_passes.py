@@ -925,6 +925,35 @@ def test_what_the_loss_does_not_differentiate_gets_no_cotangent_of_zeros(name):
     assert products(gradient, params) == products(plain, params)
 
 
+FIXED = {
+    "stop_gradient": jax.lax.stop_gradient,
+    "stop_gradient in a conditional": lambda a: jax.lax.cond(a[0, 0] > 0, jax.lax.stop_gradient, jnp.sign, a),
+    "stop_gradient in a checkpoint": jax.checkpoint(lambda a: jax.lax.stop_gradient(2 * a)),
+    "a function that is constant almost everywhere": jnp.sign,
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_an_operand_that_has_no_derivative_stays_the_fixed_operand_of_a_linear_call(name):
+    params = {"a": np.array([[0.5, 1.0], [-1.0, 2.0]]), "b": np.ones((3, 2)), "c": np.full((2, 2), 0.3)}
+    params, x = jax.tree.map(np.float32, params), np.ones((4, 3), np.float32)
+
+    def loss(params, x):
+        fixed = FIXED[name](params["a"] + params["a"])
+        rule = jax.custom_derivatives.linear_call
+        h = rule(lambda m, h: h @ m, lambda m, g: g @ m.T, fixed, x @ params["b"])
+        return jnp.sum(jnp.tanh(h @ params["c"]))
+
+    def both(params):
+        _, ascent, grad_fn = two_pass_value_and_grad(loss)(params, x, active=(False, True, True))
+        return ascent, grad_fn(params, 0)
+
+    (ascent, descent), expected = quick_jit(lambda params: (both(params), jax.grad(loss)(params, x)))(params)
+    assert_equal_to_rounding(descent, expected)
+    assert_equal_to_rounding(ascent, {**expected, "a": jnp.zeros((2, 2))})
+    jax.eval_shape(jax.grad(lambda params: jnp.sum(both(params)[1]["b"])), params)
+
+
 def test_a_checkpoint_with_a_choice_for_each_operand_is_cut_too():
     block = jax.checkpoint(lambda x, a, b: jnp.tanh(x @ a) @ b, prevent_cse=(True, False, True))
 

@@ -1,4 +1,7 @@
-"""The loop: epochs, metrics and checkpoints. A run that was killed resumes and ends bit for bit the same."""
+"""The loop: epochs, metrics and checkpoints.
+
+A run that was killed resumes and ends bit for bit the same, on the same devices and as many CPU cores.
+"""
 
 import contextlib
 import functools

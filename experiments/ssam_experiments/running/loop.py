@@ -18,7 +18,7 @@ from tqdm import tqdm
 import ssam_jax
 from ssam_experiments.config import Config
 from ssam_experiments.data.feeds import Feed
-from ssam_experiments.running import checkpoints, processes
+from ssam_experiments.running import checkpoints, locks, processes
 from ssam_experiments.running.checkpoints import Position
 from ssam_experiments.running.metrics import Tracker
 from ssam_experiments.running.optimizers import Chosen, make_schedule
@@ -91,7 +91,8 @@ def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
     claim(config)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     steps, first = config.epochs * feed.steps_per_epoch, processes.is_first()
-    with ocp.CheckpointManager((config.out / "checkpoints").absolute(), options=options) as manager:
+    folder = (config.out / "checkpoints").absolute()
+    with locks.releasing(config.out), ocp.CheckpointManager(folder, options=options) as manager:
         at = checkpoints.resume(manager, programs.init(config.seed), programs.no_totals())
         save = functools.partial(checkpoints.save, manager)
         bar = tqdm(

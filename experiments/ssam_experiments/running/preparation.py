@@ -13,8 +13,8 @@ from ssam_experiments import models
 from ssam_experiments.config import Config, check
 from ssam_experiments.data import datasets
 from ssam_experiments.data.feeds import Feed, MemoryFeed, StreamFeed
-from ssam_experiments.running import placement, processes
-from ssam_experiments.running.metrics import MODULES, needed, write_whole
+from ssam_experiments.running import locks, placement, processes
+from ssam_experiments.running.metrics import MODULES, needed
 from ssam_experiments.running.programs import Programs, make_programs
 
 TRACED: dict[str, Any] = {
@@ -94,17 +94,32 @@ def _load(name: str, folder: pathlib.Path | None, validation: int, limit: int | 
 
 
 def claim(config: Config) -> None:
-    """Write the settings to the run's folder, or check that the settings there are the same.
+    """Lock the run's folder; write the settings to it, or check that the settings there are the same.
 
-    The number of devices and processes may differ.
+    The number of devices and processes may differ. The first process has the lock, for all of them, until
+    `locks.release` or its end.
 
     Raises:
-      ValueError: the settings differ, or a process does not see the folder of the others.
+      ValueError: another trainer has the folder, the settings differ, or a process does not see the folder of
+        the others.
     """
     path = config.out / "config.json"
     settings = dataclasses.asdict(dataclasses.replace(config, **IRRELEVANT))
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    processes.together(lambda: _claim(path, _plain(settings), _plain(defaults)), str)
+
+    def alone() -> None:
+        locked = False
+        if processes.is_first():
+            config.out.mkdir(parents=True, exist_ok=True)
+            locked = locks.hold(config.out)
+        try:
+            _claim(path, _plain(settings), _plain(defaults))
+        except BaseException:
+            if locked:
+                locks.release(config.out)
+            raise
+
+    processes.together(alone, str)
     processes.together(lambda: _is_there(path), str)
 
 
@@ -113,10 +128,9 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _claim(path: pathlib.Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
+    if processes.is_first() and locks.create(path, json.dumps(settings, indent=1)):
+        return
     if not path.exists():
-        if processes.is_first():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(settings, indent=1))
         return
     there = defaults | json.loads(path.read_text())  # a setting that is newer than the run had its default
     other = [name for name, value in settings.items() if there[name] != value and name not in ROUNDING]

@@ -5,15 +5,21 @@ The paper's run on CIFAR-10 (arXiv 2306.17504)::
     python -m ssam_experiments.train --preset paper-cifar10-resnet18 --data path/to/cifar10
 """
 
-import itertools
 import sys
+
+from ssam_experiments.running import group
+
+if __name__ == "__main__":  # what is loaded next takes seconds, in which a process may fail
+    group.begin(sys.argv[1:])
+
+import itertools
 
 import tyro
 
 from ssam_experiments import report
 from ssam_experiments.config import PRESETS, Config
 from ssam_experiments.running import loop, preparation, processes
-from ssam_experiments.running.checkpoints import CheckpointError
+from ssam_experiments.running.stopping import Stopped
 
 
 def parse(arguments: list[str]) -> Config:
@@ -24,26 +30,39 @@ def parse(arguments: list[str]) -> Config:
 
 
 def main(arguments: list[str]) -> None:
-    """Train, draw pictures, print where they are."""
-    config = parse(arguments)
-    try:
-        preparation.prepare(config)
-        preparation.claim(config)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    """Train, draw pictures, print where they are; say in a line why that cannot be.
+
+    As a command it ends with 143 if SIGTERM stopped the run, and with 130 if SIGINT did, after a checkpoint.
+    """
     try:
         with processes.all_or_none():
-            try:
-                _, rows = loop.train(config)
-            except FloatingPointError as error:  # in all processes alike
-                sys.exit(f"error: {error}")
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
-    if not processes.is_first():
-        return
-    print(report.table({config.out.name: [rows]}))
-    for path in report.draw_run(rows, config.out):
-        print(path)
+            code = run(arguments)
+    except processes.EXPECTED as error:  # in the only process
+        sys.exit(processes.said(error))
+    if code:
+        sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Do as `main` does, and return the exit code, unless something fails."""
+    group.gather(arguments)
+    config, stop = parse(arguments), group.STOP
+    preparation.prepare(config)
+    preparation.claim(config)
+    code, rows = 0, []
+    try:
+        _, rows = loop.train(config, stop)
+    except Stopped as stopped:
+        code = stopped.code
+        if processes.is_first():
+            sys.stderr.write(f"{stopped}\n")
+    stop.over = True
+    if not code and processes.is_first():
+        print(report.table({config.out.name: [rows]}))
+        for path in report.draw_run(rows, config.out):
+            print(path)
+    processes.part()
+    return code
 
 
 if __name__ == "__main__":

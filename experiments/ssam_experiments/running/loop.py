@@ -24,6 +24,7 @@ from ssam_experiments.running.metrics import Tracker
 from ssam_experiments.running.optimizers import Chosen, make_schedule
 from ssam_experiments.running.preparation import ROUNDING, claim, prepare
 from ssam_experiments.running.programs import Programs, Totals
+from ssam_experiments.running.stopping import Stop, Stopped
 
 LOOK_EVERY = 20  # steps between two looks at the loss, each of which waits for the device
 
@@ -76,13 +77,18 @@ class Pace:
         return self._steps / seconds if self._steps else None
 
 
-def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
+def train(config: Config, stop: Stop | None = None) -> tuple[Any, list[dict[str, Any]]]:
     """Train, or resume training, and return the final state and the metrics of each epoch.
 
     Writes config.json, metrics.jsonl and checkpoints into ``config.out``. Each process writes to the
     checkpoints what its devices hold.
 
+    Args:
+      config: the settings.
+      stop: asked after every step, and at every batch of an evaluation, whether to stop.
+
     Raises:
+      Stopped: the run was to stop, and has saved how far it came.
       CheckpointError: the last checkpoint cannot be read.
       FloatingPointError: the training loss is not finite.
       FileNotFoundError, ValueError: as `prepare` and `claim`.
@@ -94,7 +100,18 @@ def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
     folder = (config.out / "checkpoints").absolute()
     with locks.releasing(config.out), ocp.CheckpointManager(folder, options=options) as manager:
         at = checkpoints.resume(manager, programs.init(config.seed), programs.no_totals())
-        save = functools.partial(checkpoints.save, manager)
+
+        def save(at: Position) -> None:
+            if at.step in manager.all_steps():  # saved before the end of its epoch was dealt with
+                manager.delete(at.step)
+            checkpoints.save(manager, at)
+
+        def pause(at: Position) -> None:
+            if stop is not None and stop.here():
+                if at.step != manager.latest_step():
+                    save(at)
+                raise Stopped(stop.signum, at.step)
+
         bar = tqdm(
             total=steps,
             initial=at.step,
@@ -103,14 +120,13 @@ def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
             smoothing=0.05,
             disable=None if first else True,  # None: off a terminal
         )
-        tracker = Tracker(config, last_epoch=at.step // feed.steps_per_epoch)
+        tracker = Tracker(config, last_epoch=_epoch(feed, at))
         with bar, contextlib.closing(tracker):
             pace = Pace(bar)
-            while at.step < steps:
-                epoch = at.step // feed.steps_per_epoch
-                at, row = _train_epoch(config, feed, programs, at, pace, save)
+            while (epoch := _epoch(feed, at)) < config.epochs:
+                at, row = _train_epoch(config, feed, programs, at, pace, save, pause)
                 if (epoch + 1) % config.evaluate_every == 0 or at.step == steps:
-                    row |= evaluate(config, feed, programs, at.state)
+                    row |= evaluate(config, feed, programs, at.state, functools.partial(pause, at))
                 row |= _mask_metrics(config, at.state)
                 at = Position(
                     at.step, _refresh(config, feed, programs, at.state, epoch), programs.no_totals()
@@ -161,6 +177,12 @@ def load(folder: pathlib.Path, data: pathlib.Path | None = None) -> tuple[Config
         return config, checkpoints.resume(manager, programs.init(config.seed), programs.no_totals()).state
 
 
+def _epoch(feed: Feed, at: Position) -> int:
+    """Return the epoch that a run is in, counted from 0: in the last one until its end was dealt with."""
+    epoch, steps = divmod(at.step, feed.steps_per_epoch)
+    return epoch - 1 if at.step and not steps and float(at.totals.examples) else epoch
+
+
 def _train_epoch(
     config: Config,
     feed: Feed,
@@ -168,13 +190,14 @@ def _train_epoch(
     at: Position,
     pace: Pace,
     save: Callable[[Position], None],
+    pause: Callable[[Position], None],
 ) -> tuple[Position, dict[str, Any]]:
     """Take the steps that are left of an epoch; return where they lead, and the epoch's metrics."""
     chosen = Chosen(*map(np.float32, (config.lr, config.weight_decay, config.rho)))
-    (epoch, start), leaves = divmod(at.step, feed.steps_per_epoch), perturbed_leaves(config, at.state)
+    epoch, leaves = _epoch(feed, at), perturbed_leaves(config, at.state)
     began, end = time.perf_counter(), (epoch + 1) * feed.steps_per_epoch
     pace.start()
-    for source in feed.batches(config.seed, epoch, start):
+    for source in feed.batches(config.seed, epoch, at.step - epoch * feed.steps_per_epoch):
         ascent = ascends(config, epoch, at.step)
         active = leaves if ascent else None
         step = functools.partial(
@@ -189,6 +212,7 @@ def _train_epoch(
             pace.bar.set_postfix(shown)
         if config.checkpoint_every and at.step % config.checkpoint_every == 0 and at.step < end:
             save(at)
+        pause(at)
     loss, accuracy = _means(at.totals)
     row = {
         "epoch": epoch + 1,
@@ -205,12 +229,18 @@ def _train_epoch(
     return at, row
 
 
-def evaluate(config: Config, feed: Feed, programs: Programs, state: Any) -> dict[str, float]:
-    """Return loss and accuracy on the test examples, and on the validation examples if there are any."""
+def evaluate(
+    config: Config, feed: Feed, programs: Programs, state: Any, pause: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Return loss and accuracy on the test examples, and on the validation examples if there are any.
+
+    Calls ``pause`` before each batch.
+    """
     found = {}
     for split in ("valid", "test") if config.validation else ("test",):
         totals = programs.no_totals()
         for batch in feed.evaluation(split):
+            pause()
             totals = jax.tree.map(jnp.add, totals, programs.evaluate(state, *batch))
         found[f"{split}_loss"], found[f"{split}_accuracy"] = _means(totals)
     return found

@@ -135,10 +135,11 @@ class Config:
     process_id: int = 0
     """Which of them this is, from 0. Process 0 prints, and writes all but the checkpoints."""
     coordinator: str = ""
-    """HOST:PORT at which process 0 listens to the others; or auto, on TPU pods and under SLURM or Open MPI,
-    where JAX finds out all three."""
+    """HOST:PORT at which process 0 listens to the others, and nowhere else; or auto, on TPU pods and under
+    SLURM or Open MPI, where JAX finds out all three."""
     heartbeat: int = 100
-    """Seconds of silence after which a process counts as dead, and the others end too."""
+    """Seconds of silence after which a process counts as dead, and the others end too; they wait as long for
+    each other when they start."""
     out: pathlib.Path = pathlib.Path("outputs/train")
     """Folder for metrics.jsonl, checkpoints and pictures; each run needs its own."""
     evaluate_every: int = 1

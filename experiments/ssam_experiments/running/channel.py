@@ -60,7 +60,7 @@ class Line:
         self.socket, self.done, self._begun = connection, False, b""
         self.rest: list[list[Any]] = []
         connection.settimeout(5)
-        options = {"TCP_KEEPIDLE": heartbeat // 4, "TCP_KEEPINTVL": heartbeat // 10, "TCP_KEEPCNT": 3}
+        options = {"TCP_KEEPIDLE": heartbeat // 2, "TCP_KEEPINTVL": heartbeat // 8, "TCP_KEEPCNT": 3}
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine may be lost in silence
         for name, value in options.items():
             if hasattr(socket, name):

@@ -258,9 +258,10 @@ def test_a_collective_that_breaks_off_waits_for_the_reason(monkeypatch):
     monkeypatch.setattr(channel, "current", lambda: "connected")
     monkeypatch.setattr(channel, "end", lambda line, code: None)
     monkeypatch.setattr(processes.time, "sleep", waited.append)
-    with processes.all_or_none():
-        raise jax.errors.JaxRuntimeError("Gloo: connection closed by peer")
-    assert waited == [2]
+    for error in (jax.errors.JaxRuntimeError("connection closed"), ValueError("Gloo all-reduce failed")):
+        with processes.all_or_none():
+            raise error
+    assert waited == [2, 2]
 
 
 WORKER = """

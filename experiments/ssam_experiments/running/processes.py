@@ -78,7 +78,8 @@ def _meet_after_jax(heartbeat: int) -> None:
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(meeting.outward()) if i == 0 else ""
         words = np.frombuffer(own.encode().ljust(64), np.uint8)
-        there = bytes(np.asarray(multihost_utils.broadcast_one_to_all(words))).decode().strip()
+        heard = np.uint8(multihost_utils.broadcast_one_to_all(words))  # jax 0.6 returns uint32
+        there = bytes(heard).decode().strip()
         lines, problem = {}, None
         try:
             lines = meeting.meet(there, count, i, heartbeat, bind=there)
@@ -150,7 +151,7 @@ def all_or_none() -> Iterator[None]:
             raise
         if channel.current() is None and not (jax.distributed.is_initialized() and jax.process_count() > 1):
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):  # jax 0.6: a ValueError
             time.sleep(2)  # a collective breaks off if another process ends: let that be heard instead
         if not isinstance(error, (*EXPECTED, KeyboardInterrupt, SystemExit)):
             traceback.print_exc()

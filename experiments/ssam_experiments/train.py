@@ -13,6 +13,7 @@ if __name__ == "__main__":  # what is loaded next takes seconds, in which a proc
     group.begin(sys.argv[1:])
 
 import itertools
+from typing import Any
 
 import tyro
 
@@ -49,7 +50,7 @@ def run(arguments: list[str]) -> int:
     config, stop = parse(arguments), group.STOP
     preparation.prepare(config)
     preparation.claim(config)
-    code, rows = 0, []
+    code, rows = 0, list[dict[str, Any]]()
     try:
         _, rows = loop.train(config, stop)
     except Stopped as stopped:

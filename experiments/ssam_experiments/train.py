@@ -13,7 +13,7 @@ import tyro
 from ssam_experiments import report
 from ssam_experiments.config import PRESETS, Config
 from ssam_experiments.running import loop, preparation, processes
-from ssam_experiments.running.checkpoints import CheckpointError
+from ssam_experiments.running.files import RunError, naming
 
 
 def parse(arguments: list[str]) -> Config:
@@ -37,13 +37,17 @@ def main(arguments: list[str]) -> None:
                 _, rows = loop.train(config)
             except FloatingPointError as error:  # in all processes alike
                 sys.exit(f"error: {error}")
-    except CheckpointError as error:
+    except RunError as error:
         sys.exit(f"error: {error}")
     if not processes.is_first():
         return
     print(report.table({config.out.name: [rows]}))
-    for path in report.draw_run(rows, config.out):
-        print(path)
+    try:
+        with naming(config.out):
+            pictures = report.draw_run(rows, config.out)
+    except RunError as error:
+        sys.exit(f"error: {error}")
+    print(*pictures, sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ WORKERS ?= 2
 # The index of jax's nightly wheels, say; what is there and newer than on PyPI is taken by test-newest.
 JAX_INDEX ?=
 
-.PHONY: demo test test-oldest test-newest lint types docs audit bench results dist dist-check clean
+.PHONY: demo test test-oldest test-newest lint types docs audit bench results soak dist dist-check clean
 
 $(VENV)/demo: pyproject.toml  # the library and what the experiments need
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,11 @@ bench: $(VENV)/made  ## every benchmark, into benchmarks/results and docs/perfor
 
 results: $(VENV)/made  ## the study of docs/results.md: make results DATA=folder-of-cifar10
 	$(BIN)/python -m ssam_experiments.results --data $(DATA)
+
+MINUTES ?= 20
+
+soak: $(VENV)/demo  ## kill, damage and starve runs at random and resume them; the table of docs/reliability.md
+	$(BIN)/python -m ssam_experiments.soak --minutes $(MINUTES)
 
 dist: $(VENV)/made  ## the wheel and the source distribution, in dist
 	rm -rf dist

@@ -145,7 +145,7 @@ def _fill(run: Run, rng: np.random.Generator) -> None:
 def _spoil(run: Run, rng: np.random.Generator) -> None:
     """Damage the last checkpoint; the run must refuse it by name and resume as it advises."""
     last = run.checkpoints / str(run.steps()[-1])
-    kind, path = damage(rng, last, run.checkpoints / str(run.steps()[0]))
+    kind, path = damage(rng, last, run.checkpoints / str(run.steps()[-2:][0]))
     if run.ends() == 0 or not re.search(rf"error: .*{re.escape(path.name)}", run.output):
         raise LostError(f"{kind} of {path} is not refused: {run.output[-500:]}")
     if advised := re.search(r"--resume-from \d+", run.output):

@@ -224,6 +224,15 @@ def test_what_is_not_finite_is_not_saved(run, trained):
         assert store.steps() == [2, 3]
 
 
+def test_a_checkpoint_replaces_one_of_the_same_step(run, trained):
+    feed, programs = preparation.prepare(run)
+    totals = jax.tree.map(jnp.ones_like, programs.no_totals())
+    with loop._store(run, feed) as store:
+        checkpoints.save(store, checkpoints.Position(3, trained[1], totals))
+        assert_same(checkpoints.resume(store, trained[1], programs.no_totals()).totals, totals)
+    assert sorted(path.name for path in store.folder.iterdir()) == ["2", "3"]
+
+
 def infinite(leaf):
     return jnp.full_like(leaf, jnp.inf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 

@@ -11,7 +11,7 @@ from ssam_experiments import soak
 from ssam_experiments.faults import ONE
 
 TRAINER = """
-import hashlib, os, pathlib, re, shutil, sys, time
+import contextlib, hashlib, os, pathlib, re, shutil, sys, time
 from ssam_experiments.running import integrity
 from ssam_experiments.running.files import RunError, naming, write_whole
 
@@ -49,7 +49,8 @@ def train():
         integrity.write(at, step, {})
         at.rename(folder / str(step))
         if step > 2:
-            shutil.rmtree(folder / str(step - 2), ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree((folder / str(step - 2)).rename(folder / f"{step - 2}.unfinished"))
 
 
 try:

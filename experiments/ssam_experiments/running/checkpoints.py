@@ -73,6 +73,8 @@ def opened(folder: pathlib.Path, settings: dict[str, Any], data: str) -> Iterato
 def save(store: Store, at: Position) -> None:
     """Write a checkpoint; each process writes the part that it holds. The last two are kept.
 
+    It replaces one of the same step.
+
     Raises:
       FloatingPointError: something in it is not finite; nothing is written.
       CheckpointError: it cannot be written; those before are as they were.
@@ -155,16 +157,21 @@ def _make_room(store: Store, unfinished: pathlib.Path) -> None:
 
 
 def _finish(store: Store, step: int, run: dict[str, Any]) -> None:
-    """Turn what Orbax has written into a checkpoint, then delete the oldest."""
-    unfinished = store.folder / f"{step}.unfinished"
+    """Turn what Orbax has written into a checkpoint, then delete those that it replaces."""
+    unfinished, old = store.folder / f"{step}.unfinished", []
     with naming(unfinished):
         integrity.write(unfinished, step, run)
+        if step in store.steps():
+            old.append(_retired(store, step))
         unfinished.rename(store.folder / str(step))
         sync(store.folder)
-        for old in store.steps()[:-KEEP]:
-            gone = store.folder / f"{old}.unfinished"  # not a half of a checkpoint, if it ends here
-            (store.folder / str(old)).rename(gone)
-            shutil.rmtree(gone)
+        for path in old + [_retired(store, earlier) for earlier in store.steps()[:-KEEP]]:
+            shutil.rmtree(path)
+
+
+def _retired(store: Store, step: int) -> pathlib.Path:
+    """Rename a checkpoint, so that what is left of it if this process ends is not taken for one."""
+    return (store.folder / str(step)).rename(store.folder / f"{step}.old.unfinished")
 
 
 def _not_finite(at: Position) -> str | None:

@@ -238,7 +238,7 @@ def infinite(leaf):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax leaves behind
-def test_a_full_disk_ends_a_run_in_a_sentence_and_costs_no_checkpoint(run, trained, capfd):
+def test_a_full_disk_ends_a_run_in_a_sentence_and_costs_no_checkpoint(run, trained, caplog):
     folder = run.out / "checkpoints"
     shutil.rmtree(folder / "3")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -248,6 +248,6 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_costs_no_checkpoint(run, train
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sentence.startswith(f"{folder}/3.unfinished cannot be written: File too large. Free some space")
-    assert "Traceback" not in "".join(capfd.readouterr())
+    assert not caplog.records  # of Orbax, with traces
     gc.collect()  # of what was writing the file, which complains as it goes
     assert_same(parameters(loop.train(run)[0]), parameters(trained[1]))

@@ -41,6 +41,10 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
     if not processes.is_first():
         return
+    if not rows:
+        sys.exit(
+            f"error: the run has ended, but {config.out / 'metrics.jsonl'} has none of its epochs to show."
+        )
     print(report.table({config.out.name: [rows]}))
     try:
         with naming(config.out):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tiny import assert_same
 
+from ssam_experiments import train
 from ssam_experiments.config import Config
 from ssam_experiments.damage import DAMAGES, damage
 from ssam_experiments.running import checkpoints, fingerprint, integrity, loop, preparation
@@ -137,6 +138,15 @@ def test_settings_are_in_the_checkpoint_too(run):
     )
     settings.write_text(text[: len(text) // 2])
     assert refusal(run).startswith(f"{settings} is damaged: it does not hold settings. Delete it")
+
+
+def test_a_run_that_has_ended_and_lost_its_metrics_says_so(run):
+    (run.out / "metrics.jsonl").unlink()
+    flags = (
+        "--model mlp --limit 16 --batch 16 --epochs 3 --method ssam-fixed --perturb head --evaluate-every 3"
+    )
+    with pytest.raises(SystemExit, match=r"metrics\.jsonl has none of its epochs to show"):
+        train.main([*flags.split(), "--out", str(run.out)])
 
 
 def test_fingerprints_differ_by_data_dtype_and_the_settings_of_jax():

@@ -4,10 +4,11 @@ import errno
 import json
 import os
 import pathlib
+import re
 
 import pytest
 
-from ssam_experiments import train
+from ssam_experiments import compare, train
 from ssam_experiments.running import files
 
 
@@ -56,6 +57,23 @@ def test_an_out_that_cannot_be_a_folder_is_refused_in_a_sentence(tmp_path):
     for name in ("file", "file/in it", "link"):
         with pytest.raises(SystemExit, match=f"error: {tmp_path}/{name} cannot be written: .*another --out"):
             train.main(["--model", "mlp", "--limit", "16", "--batch", "16", "--out", str(tmp_path / name)])
+
+
+def test_runs_to_compare_that_are_damaged_and_a_folder_that_is_a_file_are_refused_in_a_sentence(tmp_path):
+    run, taken = tmp_path / "run", tmp_path / "file"
+    run.mkdir()
+    taken.write_text("")
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"epoch": 1, "train_loss": 1.0, "test_accuracy": 0.5}) + "\n"
+    )
+    for settings, words in (
+        ('{"rho": 0.1, "se', f"error: {run}/config.json is damaged: it does not hold settings"),
+        ("[]", f"error: {run}/config.json is damaged"),
+        ('{"rho": 0.1, "seed": 0}', f"error: {taken} cannot be written: File exists. A folder must be there"),
+    ):
+        (run / "config.json").write_text(settings)
+        with pytest.raises(SystemExit, match=re.escape(words)):
+            compare.main(compare.Comparison((run,), taken))
 
 
 @pytest.mark.parametrize("line", [b'{"epoch": 2', b"\x00\x00\x00", b"3", b'{"epoch": "\xff"}', b"{}"])

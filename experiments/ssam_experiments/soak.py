@@ -37,7 +37,7 @@ class Soak:
     """Kill, damage and starve runs at random, resume them, and exit with 1 if one was lost."""
 
     minutes: float = 20.0
-    """How long to go on; what has begun then is brought to its end."""
+    """How long to begin new runs; the last one is brought to its end."""
     trials: int | None = None
     """Runs to try at most, in addition to those that --out knows."""
     damages: int = 50

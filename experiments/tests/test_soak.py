@@ -72,7 +72,7 @@ def tried(out):
     return [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
 
 
-def test_a_trainer_that_verifies_survives_and_another_call_goes_on_counting(tmp_path, capsys):
+def test_a_trainer_that_verifies_survives_and_another_call_continues_the_count(tmp_path, capsys):
     config = soak.Soak(trials=2, damages=20, two=0, out=tmp_path)
     assert soak.soak(config, trainer("careful"))
     assert soak.soak(dataclasses.replace(config, trials=1), trainer("careful"))

@@ -10,7 +10,7 @@ LOCK ?=
 # The index of jax's nightly wheels, say: test-newest takes jax and jaxlib from there, and nothing else.
 JAX_INDEX ?=
 
-.PHONY: demo test test-oldest test-newest lint types docs audit lock bench results dist dist-check clean
+.PHONY: demo test test-oldest test-newest lint types docs audit lock bench results soak dist dist-check clean
 
 ifeq ($(LOCK),)
 $(VENV)/demo: pyproject.toml  # the library and what the experiments need
@@ -90,6 +90,11 @@ bench: $(VENV)/made  ## every benchmark, into benchmarks/results and docs/perfor
 
 results: $(VENV)/made  ## the study of docs/results.md: make results DATA=folder-of-cifar10
 	$(BIN)/python -m ssam_experiments.results --data $(DATA)
+
+MINUTES ?= 20
+
+soak: $(VENV)/demo  ## kill, damage and starve runs at random and resume them; the table of docs/reliability.md
+	$(BIN)/python -m ssam_experiments.soak --minutes $(MINUTES)
 
 dist: $(VENV)/audited  ## the wheel, the source distribution, and a bill of materials: what the wheel runs on
 	rm -rf dist

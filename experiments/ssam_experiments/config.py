@@ -146,6 +146,9 @@ class Config:
     """Epochs between two evaluations; the last epoch always has one."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints, in addition to those at the end of each epoch."""
+    resume_from: int | None = None
+    """Step of the checkpoint to resume from, for once, where the last one is damaged. Later ones are renamed
+    to <step>.aside."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too (needs tensorboardX)."""
     wandb: bool = False
@@ -195,7 +198,7 @@ def check(config: Config) -> None:
     rules: dict[str, Rule] = {
         "at least 1": (
             lambda v: v is None or v >= 1,
-            (*at_least_1, "evaluate_every", "checkpoint_every"),
+            (*at_least_1, "evaluate_every", "checkpoint_every", "resume_from"),
         ),
         "at least 0": (lambda v: v >= 0, ("validation", "workers", "process_id")),
         "from 0 to below 2**31": (lambda v: 0 <= v < 2**31, ("seed",)),

@@ -20,6 +20,7 @@ import tyro
 from ssam_experiments import report
 from ssam_experiments.config import PRESETS, Config
 from ssam_experiments.running import loop, preparation, processes
+from ssam_experiments.running.files import naming
 from ssam_experiments.running.stopping import Stopped
 
 
@@ -50,20 +51,35 @@ def run(arguments: list[str]) -> int:
     config, stop = parse(arguments), group.STOP
     preparation.prepare(config)
     preparation.claim(config)
-    code, rows = 0, list[dict[str, Any]]()
+    code = 0
     try:
         _, rows = loop.train(config, stop)
     except Stopped as stopped:
         code = stopped.code
         if processes.is_first():
             sys.stderr.write(f"{stopped}\n")
-    stop.over = True
-    if not code and processes.is_first():
-        print(report.table({config.out.name: [rows]}))
-        for path in report.draw_run(rows, config.out):
-            print(path)
+    else:
+        stop.over = True
+        if processes.is_first():
+            show(config, rows)
     processes.part()
     return code
+
+
+def show(config: Config, rows: list[dict[str, Any]]) -> None:
+    """Print a table of a run, draw its pictures and print where they are.
+
+    Raises:
+      ValueError: no epoch was recorded, or a picture cannot be written.
+    """
+    if not rows:
+        raise ValueError(
+            f"the run has ended, but {config.out / 'metrics.jsonl'} has none of its epochs to show."
+        )
+    print(report.table({config.out.name: [rows]}))
+    with naming(config.out):
+        pictures = report.draw_run(rows, config.out)
+    print(*pictures, sep="\n")
 
 
 if __name__ == "__main__":

@@ -134,9 +134,15 @@ def test_imagenet_is_streamed(tmp_path):
     assert images.shape == (8, 224, 224, 3) and images.dtype == np.uint8 and {*labels} == {0, 1}
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="epoch 1: lower --lr or --rho"):
-        trained(tmp_path, lr=1e30)
+def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(tmp_path):
+    sentence = (
+        r"the training loss is not finite at step 2; the last checkpoint, of step 1, is finite and stays"
+    )
+    with pytest.raises(FloatingPointError, match=f"{sentence}.*Lower --lr.*another --out"):
+        trained(tmp_path, lr=1e20, checkpoint_every=1)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+    with pytest.raises(FloatingPointError, match="the training loss is not finite at step 4; there is no"):
+        trained(tmp_path / "at the end of an epoch", lr=1e20)
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):

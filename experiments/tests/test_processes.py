@@ -1,6 +1,7 @@
 """The trainer in several processes: it goes on as in one, and all refuse what one refuses."""
 
 import dataclasses
+import os
 import pathlib
 import re
 import shutil
@@ -14,7 +15,7 @@ from tiny import assert_close, assert_same
 
 import ssam_jax
 from ssam_experiments.config import Config
-from ssam_experiments.running import checkpoints, loop, placement, processes
+from ssam_experiments.running import checkpoints, integrity, loop, placement, processes
 from ssam_experiments.running.metrics import read_rows
 
 TRAINED = Config(
@@ -51,6 +52,11 @@ def test_the_trainer_goes_on_in_two_processes_as_it_would_have_in_one(tmp_path, 
     ]  # finished: read, on one device
     assert_close(there.params, state.params)
     assert_same(ssam_jax.get_mask(there.opt_state), ssam_jax.get_mask(state.opt_state))
+    last = tmp_path / "begun" / "checkpoints" / "12"
+    (part, *_) = (name for name in integrity.read(last).files if "ocdbt.process_1/d/" in name)
+    os.truncate(last / part, 100)
+    with pytest.raises(checkpoints.CheckpointError, match=f"{part} has 100 bytes.*add --resume-from 8"):
+        loop.train(dataclasses.replace(config, out=tmp_path / "begun"))
 
 
 AGREE = """

@@ -1,9 +1,8 @@
 """The loop: epochs, metrics and checkpoints. A run that was killed resumes and ends bit for bit the same."""
 
 import contextlib
+import dataclasses
 import functools
-import json
-import math
 import pathlib
 import time
 from collections.abc import Callable, Hashable
@@ -12,17 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import ssam_jax
 from ssam_experiments.config import Config
 from ssam_experiments.data.feeds import Feed
-from ssam_experiments.running import checkpoints, locks, processes
+from ssam_experiments.running import checkpoints, files, locks, processes
 from ssam_experiments.running.checkpoints import Position
 from ssam_experiments.running.metrics import Tracker
 from ssam_experiments.running.optimizers import Chosen, make_schedule
-from ssam_experiments.running.preparation import ROUNDING, claim, prepare
+from ssam_experiments.running.preparation import ROUNDING, claim, prepare, recorded
 from ssam_experiments.running.programs import Programs, Totals
 from ssam_experiments.running.stopping import Stop, Stopped
 
@@ -89,26 +87,20 @@ def train(config: Config, stop: Stop | None = None) -> tuple[Any, list[dict[str,
 
     Raises:
       Stopped: the run was to stop, and has saved how far it came.
-      CheckpointError: the last checkpoint cannot be read.
-      FloatingPointError: the training loss is not finite.
+      RunError: a checkpoint or another file cannot be read or written, or is damaged or another run's.
+      FloatingPointError: the training loss or the state is not finite.
       FileNotFoundError, ValueError: as `prepare` and `claim`.
     """
     feed, programs = prepare(config)
     claim(config)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     steps, first = config.epochs * feed.steps_per_epoch, processes.is_first()
-    folder = (config.out / "checkpoints").absolute()
-    with locks.releasing(config.out), ocp.CheckpointManager(folder, options=options) as manager:
-        at = checkpoints.resume(manager, programs.init(config.seed), programs.no_totals())
-
-        def save(at: Position) -> None:
-            if at.step in manager.all_steps():  # saved before the end of its epoch was dealt with
-                manager.delete(at.step)
-            checkpoints.save(manager, at)
+    with locks.releasing(config.out), _store(config, feed) as store:
+        at = checkpoints.resume(store, programs.init(config.seed), programs.no_totals(), config.resume_from)
+        save = functools.partial(checkpoints.save, store)
 
         def pause(at: Position) -> None:
             if stop is not None and stop.here():
-                if at.step != manager.latest_step():
+                if at.step not in store.steps()[-1:]:
                     save(at)
                 raise Stopped(stop.signum, at.step)
 
@@ -125,6 +117,7 @@ def train(config: Config, stop: Stop | None = None) -> tuple[Any, list[dict[str,
             pace = Pace(bar)
             while (epoch := _epoch(feed, at)) < config.epochs:
                 at, row = _train_epoch(config, feed, programs, at, pace, save, pause)
+                checkpoints.check_finite(store, at)
                 if (epoch + 1) % config.evaluate_every == 0 or at.step == steps:
                     row |= evaluate(config, feed, programs, at.state, functools.partial(pause, at))
                 row |= _mask_metrics(config, at.state)
@@ -162,19 +155,28 @@ def load(folder: pathlib.Path, data: pathlib.Path | None = None) -> tuple[Config
       FileNotFoundError: the data are missing.
       ValueError: the folder holds no run, or the run has no checkpoint that can be read.
     """
-    path, saved = folder / "config.json", folder / "checkpoints"
+    path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no run: there is no {path}.")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
-    where = data or (settings["data"] and pathlib.Path(settings["data"]))
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in files.read_settings(path).items()}
+    if unknown := settings.keys() - {field.name for field in dataclasses.fields(Config)}:
+        raise ValueError(
+            f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}."
+        )
+    where = data or (settings.get("data") and pathlib.Path(settings["data"]))
     settings |= ROUNDING | {"out": folder, "data": where, "precision": "float32"}
     config = Config(**settings)
-    _, programs = prepare(config)
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(saved.absolute(), options=options) as manager:
-        if manager.latest_step() is None:
+    feed, programs = prepare(config)
+    with _store(config, feed) as store:
+        if not store.steps():
             raise ValueError(f"{folder} holds no checkpoint yet.")
-        return config, checkpoints.resume(manager, programs.init(config.seed), programs.no_totals()).state
+        like = programs.init(config.seed), programs.no_totals()
+        return config, checkpoints.resume(store, *like, but=("precision",)).state
+
+
+def _store(config: Config, feed: Feed) -> contextlib.AbstractContextManager[checkpoints.Store]:
+    settings = {k: v for k, v in recorded(config).items() if k not in ("data", *ROUNDING)}
+    return checkpoints.opened(config.out / "checkpoints", settings, feed.facts)
 
 
 def _epoch(feed: Feed, at: Position) -> int:
@@ -224,8 +226,6 @@ def _train_epoch(
     }
     if speed := pace.steps_per_second():
         row["images_per_second"] = config.batch * speed
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the training loss is {loss} in epoch {epoch + 1}: lower --lr or --rho.")
     return at, row
 
 

@@ -13,7 +13,8 @@ from ssam_experiments import models
 from ssam_experiments.config import Config, check
 from ssam_experiments.data import datasets
 from ssam_experiments.data.feeds import Feed, MemoryFeed, StreamFeed
-from ssam_experiments.running import locks, placement, processes
+from ssam_experiments.running import choice, fingerprint, locks, placement, processes
+from ssam_experiments.running.files import make_folder, naming, read_settings, write_whole
 from ssam_experiments.running.metrics import MODULES, needed
 from ssam_experiments.running.programs import Programs, make_programs
 
@@ -28,6 +29,7 @@ IRRELEVANT: dict[str, Any] = {  # settings that do not change the course of a ru
     "preset": "none",
     "workers": 1,
     "checkpoint_every": None,
+    "resume_from": None,
     "evaluate_every": 1,
     "tensorboard": False,
     "wandb": False,
@@ -63,7 +65,8 @@ def prepare(config: Config) -> Prepared:
         for flag in MODULES:
             if getattr(config, flag):
                 needed(flag)
-        prepared = _prepare(dataclasses.replace(config, **TRACED, **IRRELEVANT), config.workers)
+        place = config.data and config.data.absolute()  # what is kept is not another folder's
+        prepared = _prepare(dataclasses.replace(config, **TRACED, **IRRELEVANT, data=place), config.workers)
         jax.eval_shape(prepared.programs.init, 0)  # the model, mask and optimizer fit
         return prepared
 
@@ -104,16 +107,16 @@ def claim(config: Config) -> None:
         the others.
     """
     path = config.out / "config.json"
-    settings = dataclasses.asdict(dataclasses.replace(config, **IRRELEVANT))
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    settings = recorded(config)
 
     def alone() -> None:
         locked = False
         if processes.is_first():
-            config.out.mkdir(parents=True, exist_ok=True)
-            locked = locks.hold(config.out)
+            make_folder(config.out)
+            with naming(config.out / locks.NAME):
+                locked = locks.hold(config.out)
         try:
-            _claim(path, _plain(settings), _plain(defaults))
+            _claim(path, settings)
         except BaseException:
             if locked:
                 locks.release(config.out)
@@ -123,21 +126,33 @@ def claim(config: Config) -> None:
     processes.together(lambda: _is_there(path), str)
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings, default=str))
+def recorded(config: Config) -> dict[str, Any]:
+    """Return the settings that change the course of a run, and where its data are, as plain values."""
+    data = config.data and config.data.absolute()
+    return fingerprint.plain(dataclasses.asdict(dataclasses.replace(config, **IRRELEVANT, data=data)))
 
 
-def _claim(path: pathlib.Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
-    if processes.is_first() and locks.create(path, json.dumps(settings, indent=1)):
-        return
-    if not path.exists():
-        return
-    there = defaults | json.loads(path.read_text())  # a setting that is newer than the run had its default
-    other = [name for name, value in settings.items() if there[name] != value and name not in ROUNDING]
-    if other:
-        raise ValueError(
-            f"--out {path.parent} holds a run of other settings ({', '.join(other)}): name another folder."
-        )
+def _claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
+    with naming(path, "read"):
+        there = read_settings(path) if path.exists() else None
+    known = choice.last_settings(path.parent / "checkpoints") if there is None else there
+    if known is not None:
+        other = fingerprint.other_settings(known, settings, but=("data", *ROUNDING))
+        if other:
+            raise ValueError(
+                f"--out {path.parent} holds a run of other settings ({', '.join(other)}): name another"
+                " folder."
+            )
+    if processes.is_first() and (there is None or there.get("data") != settings["data"]):
+        moved = {"data": settings["data"]}  # the same data, or the checkpoints' fingerprint will tell
+        text = json.dumps({**settings, **(known or {}), **moved}, indent=1)
+        if there is not None:
+            write_whole(path, text)
+            return
+        with naming(path):
+            if locks.create(path, text):
+                return
+        _claim(path, settings)  # others were there first
 
 
 def _is_there(path: pathlib.Path) -> None:

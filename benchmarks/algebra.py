@@ -94,7 +94,7 @@ def measure(config: Config) -> dict[str, Any]:
 def measured(problem: Problem, repeats: int) -> list[dict[str, Any]]:
     """Return a row for each way."""
     programs, rows = {}, {}
-    for name, way in tqdm(ways().items(), unit="program"):
+    for name, way in tqdm(ways().items(), unit="program", disable=None):
         state = steps.state_of(way.tx, problem.params)
         args = (problem.params, state, *problem.args)
         with_ascent = steps.plain(problem, way.tx) if way.gradients == 1 else steps.ascending(problem, way.tx)

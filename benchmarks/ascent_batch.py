@@ -69,7 +69,7 @@ def main(config: Config) -> None:
     keys = [(active, share) for active in (everything, last) for share in config.shares]
     steps = {key: partial_step(problem, key[0], round(config.batch * key[1])) for key in keys}
     programs = {}
-    with tqdm(total=len(steps) + 1, unit="program") as bar:
+    with tqdm(total=len(steps) + 1, unit="program", disable=None) as bar:
         for key, step in {"SGD": sgd_step(problem), **steps}.items():
             programs[key] = jax.jit(step).lower(*args).compile()
             bar.update()

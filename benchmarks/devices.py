@@ -84,7 +84,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
     """Return what each method costs on each number of devices."""
     problem, rows, calls = problem_of(config), [], {}
     there = [count for count in config.devices if count <= jax.device_count()]
-    for count in tqdm(there, desc="devices"):
+    for count in tqdm(there, desc="devices", disable=None):
         mesh = Mesh(jax.devices()[:count], ("devices",))
         params = placed(problem.params, mesh, batch=False)
         args = placed(problem.args, mesh, batch=True)

@@ -85,7 +85,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
     """Return what each candidate costs on each tree."""
     names = [name for name in candidates() if name == REFERENCE or re.search(config.only, name)]
     jobs = [(a, d, name) for a in config.architectures for d in config.devices for name in names]
-    return [in_a_process(*job) for job in tqdm(jobs, desc="leaves")]
+    return [in_a_process(*job) for job in tqdm(jobs, desc="leaves", disable=None)]
 
 
 def in_a_process(architecture: str, devices: int, name: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def main(options: Options) -> None:
     out = folder if platform == "cpu" else folder / platform
     flags = [f"--{flag}" for flag in ("quick", "again") if getattr(options, flag)]
     start = time.perf_counter()
-    for name in tqdm(options.only, unit="benchmark"):
+    for name in tqdm(options.only, unit="benchmark", disable=None):
         tqdm.write(f"\n{name}\n")
         subprocess.run([sys.executable, HERE / f"{name}.py", "--out", out, *flags], check=True)
     tqdm.write(f"\n{time.perf_counter() - start:.0f} seconds in all; results are in {out}")

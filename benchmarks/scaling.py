@@ -113,8 +113,10 @@ def measure(config: Config) -> dict[str, Any]:
     grid = [(width, middle[1]) for width in config.widths]
     grid += [(middle[0], batch) for batch in config.batches if batch != middle[1]]
     return {
-        "steps": [growth(config, *sizes) for sizes in tqdm(grid, desc="steps")],
-        "rules": [row for size in tqdm(config.scores, desc="rules") for row in alone(config, size)],
+        "steps": [growth(config, *sizes) for sizes in tqdm(grid, desc="steps", disable=None)],
+        "rules": [
+            row for size in tqdm(config.scores, desc="rules", disable=None) for row in alone(config, size)
+        ],
     }
 
 

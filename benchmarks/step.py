@@ -177,7 +177,7 @@ def measure_network(problem: Problem, config: Config, bar: Any) -> dict[str, Any
 
 def measure(config: Config) -> dict[str, Any]:
     """Return what each step costs, by network."""
-    with tqdm(unit="program") as bar:
+    with tqdm(unit="program", disable=None) as bar:
         return {
             name: measure_network(problem_of(name, config.scale), config, bar) for name in config.networks
         }

@@ -33,7 +33,7 @@ class Passes(NamedTuple):
     batch_stats: Any
 
 
-class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
+class TrainState(train_state.TrainState):
     """Flax's ``TrainState`` with batch statistics, a dropout key, and ``grad_fn`` for `ssam`.
 
     A training step reads::

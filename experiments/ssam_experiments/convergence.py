@@ -86,7 +86,11 @@ class Method(NamedTuple):
 def make_problem(name: str) -> Problem:
     """Return a smooth non-convex problem whose stochastic gradients do not vanish where the gradient does."""
     rng = np.random.default_rng(0)  # the problem is one and the same for all seeds
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    shapes: dict[str, tuple[int, ...]]
     if name == "matrix":  # 16 x 12 numbers, their signal of rank 3, by two factors of rank 3
         target = normal(16, 3) @ normal(3, 12) / math.sqrt(3) + 0.5 * normal(16, 12)
         shapes = {"left": (16, 3), "right": (3, 12)}
@@ -120,8 +124,8 @@ def decaying(first: float, decay: float) -> optax.Schedule:
     return lambda count: first * (jnp.asarray(count, jnp.float32) + 1) ** -decay
 
 
-def make_run(config: Config, problem: Problem, method: Method) -> Callable[[jax.Array], jax.Array]:
-    """Return a compiled function of the seeds, each run in one scan.
+def make_run(config: Config, problem: Problem, method: Method) -> Callable[..., jax.Array]:
+    """Return a compiled function of the seeds, parameters and batches, each run in one scan.
 
     It returns the squared norms of the exact gradients at the iterates, float32 of shape (steps, seeds).
     """
@@ -140,11 +144,16 @@ def make_run(config: Config, problem: Problem, method: Method) -> Callable[[jax.
         exact = gradient(params, jnp.full(problem.examples, 1 / problem.examples))
         # How often each example is in the batch: nothing is gathered, and no gradient scattered.
         weights = jnp.mean(jax.nn.one_hot(rows, problem.examples), axis=0)
-        grad_fn = lambda params, i: gradient(params, weights)  # noqa: E731
+
+        def grad_fn(params: Any, i: Any) -> Any:
+            return gradient(params, weights)
+
         updates, opt_state = optimizer(0).update(grad_fn(params, 0), opt_state, params, grad_fn=grad_fn)
         return (optax.apply_updates(params, updates), opt_state), optax.tree.norm(exact, squared=True)
 
-    init = lambda seed, params: optimizer(seed).init(params)  # noqa: E731
+    def init(seed: Any, params: Any) -> Any:
+        return optimizer(seed).init(params)
+
     one = jax.tree.map(lambda shape: jnp.zeros(shape), problem.shapes, is_leaf=lambda x: isinstance(x, tuple))
     axes = axes_of_runs(jax.eval_shape(init, jnp.int32(0), one))
     steps = jax.vmap(step, in_axes=((0, axes), 0), out_axes=((0, axes), 0))
@@ -163,7 +172,10 @@ def draw(config: Config, problem: Problem) -> tuple[jax.Array, Any, jax.Array]:
     Batches are int32 of shape (steps, seeds, batch); parameters are normal with standard deviation 1/2.
     """
     rngs = [np.random.default_rng((1, seed)) for seed in range(config.seeds)]
-    normal = lambda shape: np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])  # noqa: E731
+
+    def normal(shape: tuple[int, ...]) -> np.ndarray:
+        return np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])
+
     params = {name: jnp.asarray(0.5 * normal(shape)) for name, shape in problem.shapes.items()}
     size = (config.steps, config.batch)
     rows = np.stack([rng.integers(problem.examples, size=size, dtype=np.int32) for rng in rngs], axis=1)
@@ -172,7 +184,8 @@ def draw(config: Config, problem: Problem) -> tuple[jax.Array, Any, jax.Array]:
 
 def measure(config: Config) -> dict[str, Any]:
     """Run every method on every problem; return curves and verdicts by problem and name, for JSON."""
-    at, methods, curves = checkpoints(config.steps), make_methods(config), {}
+    at, methods = checkpoints(config.steps), make_methods(config)
+    curves: dict[str, dict[str, Any]] = {}
     window = (config.fit[0] * config.steps, config.fit[1] * config.steps)
     with tqdm(total=len(config.problems) * len(methods), unit="curve", disable=None) as bar:
         for which in config.problems:

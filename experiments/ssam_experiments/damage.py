@@ -24,7 +24,7 @@ def truncate(rng: np.random.Generator, path: pathlib.Path, other: pathlib.Path) 
 
 def lengthen(rng: np.random.Generator, path: pathlib.Path, other: pathlib.Path) -> None:
     """Append bytes."""
-    path.write_bytes(path.read_bytes() + rng.bytes(rng.integers(1, 100)))
+    path.write_bytes(path.read_bytes() + rng.bytes(int(rng.integers(1, 100))))
 
 
 def zero(rng: np.random.Generator, path: pathlib.Path, other: pathlib.Path) -> None:

@@ -78,7 +78,8 @@ def time_steps(config: Config, trainers: dict[str, Trainer], methods: dict[str, 
 
     An epoch is timed at a time, the methods in turn, so that what else the machine does strikes all.
     """
-    seeds, times = jnp.arange(config.seeds), {name: [] for name in trainers}
+    seeds = jnp.arange(config.seeds)
+    times: dict[str, list[float]] = {name: [] for name in trainers}
     carries = jax.block_until_ready({name: trainer.init(seeds) for name, trainer in trainers.items()})
     for turn, (name, trainer) in itertools.product(range(TIMING_ROUNDS), trainers.items()):
         start = time.perf_counter()

@@ -132,7 +132,8 @@ def trained(config: Config) -> dict[str, list[Run]]:
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         return noisy_digits.loss_fn(model, params, *batch)
 
-    batches, runs = split(config, data.train_x, data.train_y), {}
+    batches = split(config, data.train_x, data.train_y)
+    runs: dict[str, list[Run]] = {}
     with tqdm(total=len(names) * config.epochs, unit="epoch", disable=None) as bar:
         for name in names:
             bar.set_description(name)
@@ -274,15 +275,16 @@ def draw_landscapes(config: Config, found: dict[str, Measured]) -> Figure:
     """Return contours above surfaces, a column for each name, all on one scale."""
     planes = {name: measured.plane for name, measured in found.items()}
     low, high = plotting.loss_range(planes)
-    scale = {"vmin": low, "vmax": config.max_loss or high, "unit": "nats"}
+    high = config.max_loss or high
     figure = Figure(figsize=(4 * len(planes) + 0.6, 7.4), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(4, 3.4))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(4, 3.4))[:, 0]
     for i, (name, plane) in enumerate(planes.items(), 1):
         axes = above.add_subplot(1, len(planes), i)
-        plotting.plot_loss_contours(plane, axes, **scale, log=low > 0, colorbar=i == len(planes))
+        last = i == len(planes)
+        plotting.plot_loss_contours(plane, axes, vmin=low, vmax=high, unit="nats", log=low > 0, colorbar=last)
         axes.set_title(name)
         solid = below.add_subplot(1, len(planes), i, projection="3d")
-        plotting.plot_loss_surface(plane, solid, **scale)
+        plotting.plot_loss_surface(plane, solid, vmin=low, vmax=high, unit="nats")
     return figure
 
 

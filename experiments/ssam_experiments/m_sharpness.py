@@ -81,13 +81,13 @@ def varying(tree: Any, axis: str) -> Any:
     """
     if hasattr(jax.lax, "pcast"):
         return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
-    return jax.tree.map(lambda x: jax.lax.pvary(x, axis), tree)
+    return jax.tree.map(lambda x: jax.lax.pvary(x, axis), tree)  # type: ignore[attr-defined]
 
 
 def averaged(grad_fn: ssam_jax.TwoPassGradFn, axis: str) -> ssam_jax.TwoPassGradFn:
     """Return ``grad_fn`` with the mean over the devices for its result; further ascent steps stay local."""
-    own = grad_fn.value_and_grad
-    return dataclasses.replace(grad_fn, value_and_grad=lambda p, i: jax.lax.pmean(own(p, i), axis))
+    own: Any = grad_fn  # a protocol cannot tell that it is a dataclass
+    return dataclasses.replace(own, value_and_grad=lambda p, i: jax.lax.pmean(own.value_and_grad(p, i), axis))
 
 
 def per_device_step(

@@ -41,8 +41,16 @@ HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 def conv(channels: int, size: int, stride: int, dtype: Any, name: str, use_bias: bool = False) -> nn.Conv:
     """Return a convolution padded as in PyTorch, where "SAME" would pad a strided one more at its end."""
-    options = {"padding": size // 2, "use_bias": use_bias, "kernel_init": HE_FAN_OUT}
-    return nn.Conv(channels, (size, size), stride, **options, dtype=dtype, name=name)
+    return nn.Conv(
+        channels,
+        (size, size),
+        stride,
+        padding=size // 2,
+        use_bias=use_bias,
+        kernel_init=HE_FAN_OUT,
+        dtype=dtype,
+        name=name,
+    )
 
 
 def batch_norm(train: bool, dtype: Any, name: str) -> nn.BatchNorm:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -153,13 +153,14 @@ def loss_fn(model: nn.Module, params: Any, x: jax.Array, y: jax.Array) -> jax.Ar
 
 def accuracy(model: nn.Module, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     """Return the share of right answers."""
-    return jnp.mean(jnp.argmax(model.apply(params, x), axis=-1) == y)
+    logits: Any = model.apply(params, x)
+    return jnp.mean(jnp.argmax(logits, axis=-1) == y)
 
 
 def make_trainer(config: Config, method: Method, data: Data) -> Trainer:
     """Return compiled functions that train a method."""
     model, steps = Mlp(config.width), TRAIN // config.batch
-    normalize = "masked" if method.some_leaves else "global"
+    normalize: Literal["masked", "global"] = "masked" if method.some_leaves else "global"
 
     def optimizer(seed: Any, chosen: Settings) -> optax.GradientTransformationExtraArgs:
         schedule = optax.cosine_decay_schedule(1.0, config.epochs * steps)

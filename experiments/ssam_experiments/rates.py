@@ -84,7 +84,10 @@ def judge(at: np.ndarray, averages: np.ndarray, window: tuple[float, float], tol
     excess = differences.mean(axis=1)
     allowed = tolerance + ERRORS * standard_error(differences)
     worst = np.argmax(excess - allowed)
-    slope = lambda curve: np.polyfit(np.log(at[after]), np.log(curve[after]), 1)[0]  # noqa: E731
+
+    def slope(curve: np.ndarray) -> np.ndarray:
+        return np.polyfit(np.log(at[after]), np.log(curve[after]), 1)[0]
+
     mean = averages.mean(axis=1)
     # Left out in turn, the seeds say how sure the slope of their mean is (the jackknife).
     slopes = np.array([slope((seeds * mean - one) / (seeds - 1)) for one in averages.T])

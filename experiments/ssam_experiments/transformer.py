@@ -74,7 +74,7 @@ def sharded(params: Any, mesh: Mesh) -> Any:
     def choose(path: Any, leaf: Any) -> NamedSharding:
         first = 1 if path[0].key == "layers" else 0
         fitting = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % mesh.size == 0]
-        spec = [None] * leaf.ndim
+        spec: list[str | None] = [None] * leaf.ndim
         if fitting:
             spec[max(fitting, key=lambda axis: leaf.shape[axis])] = AXIS
         return NamedSharding(mesh, PartitionSpec(*spec))

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ssam_experiments.data import datasets, parquet
+from ssam_experiments.data import datasets
 from ssam_experiments.data.datasets import load
+from ssam_experiments.data.images import decode
 
 RNG = np.random.default_rng(0)
 COLORS = RNG.integers(0, 256, (30, 32, 32, 3), np.uint8)
@@ -482,8 +483,8 @@ def test_files_without_examples_are_refused(tmp_path):
 def test_no_more_images_are_decoded_than_are_kept(tmp_path, monkeypatch):
     cifar10_in_parquet(tmp_path, rows_in_group=4)
     whole = load("cifar10", tmp_path, validation=3)
-    decoded, decode = [], parquet.decode
-    monkeypatch.setattr(parquet, "decode", lambda *args: decoded.append(args[1]) or decode(*args))
+    decoded, place = [], "ssam_experiments.data.images.decode"
+    monkeypatch.setattr(place, lambda *args: decoded.append(args[1]) or decode(*args))
     part = load("cifar10", tmp_path, validation=3, limit=5)
     assert len(decoded) == len(set(decoded)) == 5 + 3 + 10
     np.testing.assert_array_equal(part.train.images, whole.train.images[:5])

@@ -295,6 +295,16 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
         list(evaluated(image_folder(tmp_path, "validation")))
 
 
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1)])
+def test_a_strip_is_refused_before_it_is_resized_to_the_length_of_a_crop(tmp_path, size):
+    write_folder(tmp_path)
+    (tmp_path / "val" / "ape" / "01.JPEG").write_bytes(encoded(1, size))
+    with pytest.raises(
+        ValueError, match=rf"ape.01\.JPEG: the image has {size[0]} x {size[1]} pixels; one side"
+    ):
+        list(evaluated(image_folder(tmp_path, "validation")))
+
+
 def test_a_missing_column_is_named(tmp_path):
     pq.write_table(pa.table({"image": [{"bytes": b""}]}), tmp_path / "train-00000-of-00001.parquet")
     with pytest.raises(ValueError, match="must have a column label; it has image"):

@@ -42,8 +42,8 @@ def normalize(
     if images.dtype != jnp.uint8:
         raise ValueError(f"normalize takes images of uint8, got {images.dtype}.")
     shape = (1,) * (images.ndim - 1) + (-1,)
-    mean, std = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
-    return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+    shift, scale = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
+    return ((images.astype(jnp.float32) / 255 - shift) / scale).astype(dtype)
 
 
 def random_cutout(key: jax.Array, images: jax.Array, size: int, probability: float = 0.5) -> jax.Array:

@@ -64,7 +64,8 @@ def load(
 
     Raises:
       FileNotFoundError: the folder or a file is missing.
-      ValueError: an argument is out of range, or a file is damaged or not what its name says.
+      ValueError: an argument is out of range, or a file is damaged, not what its name says, or larger than
+        ``bounds`` allow.
       pickle.UnpicklingError: an official batch asks for code that such files do not contain.
     """
     if name not in NAMES:

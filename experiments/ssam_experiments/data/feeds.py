@@ -2,7 +2,8 @@
 
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -10,8 +11,9 @@ import numpy as np
 
 from ssam_experiments.config import Config
 from ssam_experiments.data.augment import augment_batch, normalize
-from ssam_experiments.data.datasets import Arrays, Dataset
+from ssam_experiments.data.datasets import Dataset
 from ssam_experiments.data.imagenet import Source, eval_batches, image_folder, parquet, train_batches
+from ssam_experiments.data.readers import Arrays
 from ssam_experiments.running import placement
 
 EVAL_BATCH = 500
@@ -67,7 +69,7 @@ class MemoryFeed:
         self.image_shape = dataset.train.images.shape[1:]
         self.classes = dataset.classes
         arrays = [*dataset.train, *(dataset.valid or ()), *dataset.test]
-        self.facts = " ".join(str(zlib.crc32(np.ascontiguousarray(x))) for x in arrays)
+        self.facts = " ".join(str(zlib.crc32(np.ascontiguousarray(x).data)) for x in arrays)
 
     def _draw_order(self, seed: jax.Array, epoch: jax.Array, *, purpose: int) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), epoch)
@@ -124,14 +126,13 @@ class MemoryFeed:
 class StreamFeed:
     """ImageNet and its like: read and cropped by worker processes while the device computes."""
 
-    image_shape = (224, 224, 3)
+    image_shape: tuple[int, ...] = (224, 224, 3)
 
     def __init__(self, config: Config, workers: int):
-        folders = (config.data / "train").is_dir()
-        self._train = image_folder(config.data, "train") if folders else parquet(config.data, "train")
-        self._test = (
-            image_folder(config.data, "validation") if folders else parquet(config.data, "validation")
-        )
+        if config.data is None:
+            raise ValueError(f"--dataset {config.dataset} needs --data, its folder.")
+        find: Callable[[Path, str], Source] = image_folder if (config.data / "train").is_dir() else parquet
+        self._train, self._test = find(config.data, "train"), find(config.data, "validation")
         self._config, self._workers = config, workers
         self._part = jax.process_index(), jax.process_count()
         self.steps_per_epoch = len(self._train) // config.batch

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from ssam_experiments.data.parquet import decode
+from ssam_experiments.data.images import decode
 from ssam_experiments.data.sources import ImageFolder, ParquetImages, Source, image_folder, parquet
 from ssam_experiments.running.stopping import leave_to_the_trainer
 
@@ -28,6 +28,7 @@ __all__ = [
     "train_batches",
 ]
 
+Example = dict[str, np.ndarray | np.generic]
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 ATTEMPTS = 10
 
@@ -151,9 +152,7 @@ def _decoded(source: Source, index: int) -> tuple[Image.Image, int]:
     return decode(data, source.where(index)), label
 
 
-def _random_crop(
-    example: tuple[Image.Image, int], rng: np.random.Generator, size: int
-) -> dict[str, np.ndarray]:
+def _random_crop(example: tuple[Image.Image, int], rng: np.random.Generator, size: int) -> Example:
     image, label = example
     left, top, width, height = random_box(*image.size, rng)
     image = image.crop((left, top, left + width, top + height))  # not resize(box=...), which sees outside
@@ -171,7 +170,7 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, 
     """
     for _ in range(ATTEMPTS):
         area = width * height * rng.uniform(*SCALE)
-        ratio = math.exp(rng.uniform(*map(math.log, RATIO)))
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
@@ -180,7 +179,7 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, 
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _eval_example(source: Source, position: int, *, size: int, resize: int) -> dict[str, np.ndarray]:
+def _eval_example(source: Source, position: int, *, size: int, resize: int) -> Example:
     if position >= len(source):
         black = np.zeros((size, size, 3), np.uint8)
         return {"image": black, "label": np.int32(0), "weight": np.float32(0)}

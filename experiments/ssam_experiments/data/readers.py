@@ -3,7 +3,6 @@
 Both have ``labels``, and ``take(rows)``, which returns some of them as `Arrays`.
 """
 
-import gzip
 import math
 import os
 import zlib
@@ -15,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ssam_experiments.data import cifar_batches, parquet
+from ssam_experiments.data import cifar_batches, images, parquet
+from ssam_experiments.data.bounds import EXAMPLES, DataError, check_labels, is_present, read_regular
 
 DIGITS_TEST = 500
 
@@ -80,41 +80,63 @@ def read_fashion_mnist(folder: Path) -> tuple[Arrays, Arrays]:
         image_file, label_file = (
             _find_idx(folder, f"{split}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")
         )
-        images, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
-        if images.shape[1:] != (28, 28):
-            raise ValueError(f"Images must be 28 x 28; those of {image_file} are {images.shape[1:]}.")
-        if len(images) != len(labels):
-            raise ValueError(f"{image_file} has {len(images)} images, but {label_file} {len(labels)} labels.")
-        parts.append(Arrays(images[..., None], _checked(labels, 10, label_file)))
+        pixels, labels = _read_idx(image_file, (28, 28)), _read_idx(label_file, ())
+        if len(pixels) != len(labels):
+            raise DataError(f"{image_file} has {len(pixels)} images, but {label_file} {len(labels)} labels.")
+        parts.append(Arrays(pixels[..., None], check_labels(labels, 10, label_file)))
     return parts[0], parts[1]
 
 
 def _find_idx(folder: Path, name: str) -> Path:
     places = [folder, folder / "raw", folder / "FashionMNIST" / "raw"]
     for file in (place / (name + end) for place in places for end in ("", ".gz")):
-        if file.is_file():
+        if is_present(file):
             return file
     raise FileNotFoundError(
         f"{name} or {name}.gz of Fashion-MNIST is not in {folder}, nor in its raw or FashionMNIST/raw."
     )
 
 
-def _read_idx(path: Path, rank: int) -> np.ndarray:
-    """Return an array of bytes. Before its values come the type, 8, the rank, and the sizes, big-endian."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a complete gzip file: {error}") from error
+def _read_idx(path: Path, item: tuple[int, ...]) -> np.ndarray:
+    """Return an array of bytes, with items of a known shape, from a file, gzipped or not.
+
+    Before the values come the type, 8, the rank, and the sizes, big-endian.
+    """
+    rank = 1 + len(item)
     start = 4 + 4 * rank
+    data = read_regular(path)
+    if path.suffix == ".gz":
+        data = _unzip(data, start + EXAMPLES * math.prod(item), path)
     if len(data) < start or data[:4] != bytes([0, 0, 8, rank]):
-        raise ValueError(f"{path} does not start as an idx file of bytes in {rank} dimensions does.")
+        raise DataError(f"{path} does not start as an idx file of bytes in {rank} dimensions does.")
     shape = tuple(np.frombuffer(data, ">u4", rank, offset=4).tolist())
+    if shape[1:] != item:
+        raise DataError(f"Images must be 28 x 28; those of {path} are {shape[1:]}.")
+    _check_count(shape[0], path)
     if len(data) - start != math.prod(shape):
-        raise ValueError(
+        raise DataError(
             f"{path} has {len(data) - start} values, not the {math.prod(shape)} of shape {shape}."
         )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def _unzip(data: bytes, most: int, path: Path) -> bytes:
+    """Return what a gzip file holds, if that is at most so many bytes."""
+    machine = zlib.decompressobj(wbits=31)  # with gzip's header and checksum
+    try:
+        unzipped = machine.decompress(data, most + 1)
+    except zlib.error as error:
+        raise DataError(f"{path} is not a complete gzip file: {error}") from None
+    if len(unzipped) > most:
+        raise DataError(f"{path} unzips to more than {most} bytes.")
+    if not machine.eof or machine.unused_data.strip(b"\0"):
+        raise DataError(f"{path} is not a complete gzip file, of one part.")
+    return unzipped
+
+
+def _check_count(count: int, where: object) -> None:
+    if count > EXAMPLES:
+        raise DataError(f"{where} has {count} examples; at most {EXAMPLES} are read.")
 
 
 class EncodedCifar:
@@ -126,7 +148,8 @@ class EncodedCifar:
 
     def __init__(self, paths: Sequence[Path], names: _Cifar):
         self._files = [parquet.ImageFile(path, names.label_columns) for path in paths]
-        labels = [_checked(file.read_labels(), names.classes, file.path) for file in self._files]
+        _check_count(sum(sum(file.sizes) for file in self._files), f"{paths[0]}, or it with those like it,")
+        labels = [check_labels(file.read_labels(), names.classes, file.path) for file in self._files]
         self.labels = np.concatenate(labels)
         self._title = f"decoding CIFAR-{names.classes}"
 
@@ -136,13 +159,13 @@ class EncodedCifar:
         Raises:
           ValueError: an image cannot be decoded, or a file is damaged.
         """
-        images, order = np.empty((len(rows), 32, 32, 3), np.uint8), np.argsort(rows, kind="stable")
+        pixels, order = np.empty((len(rows), 32, 32, 3), np.uint8), np.argsort(rows, kind="stable")
 
         def read(file: parquet.ImageFile, group: int, start: int, places: np.ndarray) -> int:
             wanted = rows[places] - start  # within the row group
             for place, row, data in zip(places, wanted, file.read_group(group, wanted)[0]):
                 where = f"{file.path}, row {row} of row group {group}"
-                images[place] = parquet.decode(data, where, (32, 32))
+                pixels[place] = np.asarray(images.decode(data, where, (32, 32)))
             return len(places)
 
         work, start = [], 0
@@ -157,7 +180,7 @@ class EncodedCifar:
         with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
             for count in pool.map(lambda task: read(*task), work):
                 bar.update(count)
-        return Arrays(images, self.labels[rows])
+        return Arrays(pixels, self.labels[rows])
 
 
 Examples = Arrays | EncodedCifar
@@ -171,10 +194,10 @@ def read_cifar(folder: Path, classes: int) -> tuple[Examples, Examples]:
     if train and test:
         parts = EncodedCifar(train, names), EncodedCifar(test, names)
         if classes == 100 and max(parts[0].labels, default=99) < 20:  # a column label may be anything
-            raise ValueError(f"Labels in {folder} are all below 20: they are not CIFAR-100's fine classes.")
+            raise DataError(f"Labels in {folder} are all below 20: they are not CIFAR-100's fine classes.")
         return parts
     for place in (folder, folder / names.folder):
-        if all((place / name).is_file() for name in (names.train[0], names.test)):
+        if all(is_present(place / name) for name in (names.train[0], names.test)):
             return _read_batches(place, names.train, names), _read_batches(place, (names.test,), names)
     raise FileNotFoundError(
         f"CIFAR-{classes} is not in {folder}. Looked for train-*.parquet and test-*.parquet there and in its"
@@ -184,20 +207,9 @@ def read_cifar(folder: Path, classes: int) -> tuple[Examples, Examples]:
 
 
 def _read_batches(folder: Path, files: Sequence[str], names: _Cifar) -> Arrays:
-    missing = [name for name in files if not (folder / name).is_file()]
+    missing = [name for name in files if not is_present(folder / name)]
     if missing:
         raise FileNotFoundError(f"{', '.join(missing)} of CIFAR-{names.classes} is not in {folder}.")
-    images, labels = [], []
-    for name in files:
-        part, values = cifar_batches.read_batch(folder / name, names.label_key)
-        images.append(part)
-        labels.append(_checked(values, names.classes, folder / name))
-    return Arrays(np.concatenate(images), np.concatenate(labels))
-
-
-def _checked(labels: np.ndarray, classes: int, path: Path) -> np.ndarray:
-    """Return the labels as int32, or raise ValueError if one is no class."""
-    if labels.size and not 0 <= labels.min() <= labels.max() < classes:
-        low, high = labels.min(), labels.max()
-        raise ValueError(f"Labels must be from 0 to {classes - 1}; {path} has labels from {low} to {high}.")
-    return labels.astype(np.int32)
+    parts = [cifar_batches.read_batch(folder / name, names.label_key, names.classes) for name in files]
+    pixels, labels = zip(*parts)
+    return Arrays(np.concatenate(pixels), np.concatenate(labels))

@@ -10,20 +10,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ssam_experiments.data.bounds import IMAGE_BYTES, STREAM_EXAMPLES, DataError, read_regular
 from ssam_experiments.data.parquet import ImageFile, find_shards
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val")}  # and what folders and files call them
 ENDINGS = (".jpeg", ".jpg", ".png")
+CACHE_BYTES = 2**32
+"""Most bytes of images that a process keeps of Parquet files."""
 
 
 class Source(Protocol):
-    """Encoded images, readable in any order and from any thread, that can be pickled.
+    """Encoded images, readable in any order and from any thread, that can be pickled."""
 
-    Attributes:
-      classes: number of classes; labels are below it.
-    """
-
-    classes: int
+    @property
+    def classes(self) -> int:
+        """The number of classes; labels are below it."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -63,7 +64,7 @@ class ImageFolder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        return Path(self.where(index)).read_bytes(), int(self.labels[index])
+        return read_regular(self.where(index), IMAGE_BYTES), int(self.labels[index])
 
     def where(self, index: int) -> str:
         """Return the path of an image."""
@@ -89,8 +90,9 @@ def image_folder(folder: str | Path, split: str) -> ImageFolder:
     place, train = (_subfolder(Path(folder), s) for s in (split, "train"))
     names, own = _class_names(train), _class_names(place)
     if unknown := sorted(set(own) - set(names)):
-        raise ValueError(f"{place} has classes that {train} has not: {', '.join(unknown[:5])}.")
-    files, labels = [], []
+        raise DataError(f"{place} has classes that {train} has not: {', '.join(unknown[:5])}.")
+    files: list[bytes] = []
+    labels: list[int] = []
     for label, name in enumerate(names):
         if name in own:
             found = sorted(n for n in os.listdir(place / name) if n.lower().endswith(ENDINGS) and n[0] != ".")
@@ -133,12 +135,15 @@ class ParquetImages:
         self.classes = classes
         self._arguments = (paths, classes, window)
         self._files = [ImageFile(path, ("label",)) for path in paths]
+        if (total := sum(sum(file.sizes) for file in self._files)) > STREAM_EXAMPLES:
+            raise DataError(f"{paths[0].parent} has {total} images; at most {STREAM_EXAMPLES} are read.")
         self._groups = [(file, i) for file in self._files for i in range(len(file.sizes))]
         self._sizes = np.array([file.sizes[i] for file, i in self._groups], np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._window = window
         self._room = 2 * (1 + window * len(self._groups) // max(1, len(self)))  # row groups of two windows
         self._cache: OrderedDict[int, tuple[list[bytes | None], np.ndarray]] = OrderedDict()
+        self._cached = 0  # bytes of images
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -150,12 +155,13 @@ class ParquetImages:
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         group, row = self._find(index)
         images, labels = self._read(group)
-        if images[row] is None or not 0 <= labels[row] < self.classes:
-            raise ValueError(
+        image = images[row]
+        if image is None or not 0 <= labels[row] < self.classes:
+            raise DataError(
                 f"{self.where(index)} must have an image and a label below {self.classes}; its label is"
                 f" {labels[row]}."
             )
-        return images[row], int(labels[row])
+        return image, int(labels[row])
 
     def where(self, index: int) -> str:
         """Return the file, the row group and the row of an image."""
@@ -181,11 +187,16 @@ class ParquetImages:
         with self._lock:  # threads that wait here would for the most part want the same row group
             if group not in self._cache:
                 file, i = self._groups[group]
-                self._cache[group] = file.read_group(i)
-                if len(self._cache) > self._room:
-                    self._cache.popitem(last=False)
+                self._cache[group] = images, _ = file.read_group(i)
+                self._cached += _bytes(images)
+                while len(self._cache) > 1 and (len(self._cache) > self._room or self._cached > CACHE_BYTES):
+                    self._cached -= _bytes(self._cache.popitem(last=False)[1][0])
             self._cache.move_to_end(group)
             return self._cache[group]
+
+
+def _bytes(images: list[bytes | None]) -> int:
+    return sum(len(image) for image in images if image)
 
 
 def parquet(folder: str | Path, split: str, *, classes: int = 1000, window: int = 2048) -> ParquetImages:

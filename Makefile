@@ -4,19 +4,36 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-# The index of jax's nightly wheels, say; what is there and newer than on PyPI is taken by test-newest.
+# Versions with their hashes, to install these and no others, as CI does: make test LOCK=requirements/ci.txt
+LOCK ?=
+
+# The index of jax's nightly wheels, say: test-newest takes jax and jaxlib from there, and nothing else.
 JAX_INDEX ?=
 
-.PHONY: demo test test-oldest test-newest lint types docs audit bench results dist dist-check clean
+.PHONY: demo test test-oldest test-newest lint types docs audit lock bench results soak dist dist-check clean
 
+ifeq ($(LOCK),)
 $(VENV)/demo: pyproject.toml  # the library and what the experiments need
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable ".[experiments]"
 	touch $@
+else
+$(VENV)/demo: pyproject.toml $(LOCK)  # what the library, the tests and all tools need, and then the library
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: --requirement $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	touch $@
+endif
+
+group = $(if $(LOCK),,$(BIN)/python -m pip install --quiet --group $(1))  # the lock has all groups
 
 $(VENV)/made: $(VENV)/demo  # and what the tests and tools need
-	$(BIN)/python -m pip install --quiet --group dev
+	$(call group,dev)
+	touch $@
+
+$(VENV)/audited: $(VENV)/made
+	$(call group,audit)
 	touch $@
 
 demo: $(VENV)/demo  ## train on digits with SGD, SAM and SSAM; print a table, draw pictures
@@ -33,16 +50,25 @@ test-oldest: $(VENV)/made  ## the suite on the lowest versions that pyproject.to
 
 test-newest: $(VENV)/made  ## the suite on the newest versions, of jax on the newest pre-release
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-newest
-	$(BIN)/uv pip install --quiet --python .venv-newest --resolution highest --upgrade \
-		--prerelease explicit $(if $(JAX_INDEX),--index-strategy unsafe-best-match --index $(JAX_INDEX)) \
-		"jax>=0.dev0" "jaxlib>=0.dev0" --editable ".[experiments]" --group dev
+	$(BIN)/uv pip install --quiet --python .venv-newest --resolution highest --prerelease explicit --no-deps \
+		$(if $(JAX_INDEX),--default-index $(JAX_INDEX)) "jax>=0.dev0" "jaxlib>=0.dev0"
+	$(BIN)/uv pip freeze --python .venv-newest > .venv-newest/jax.txt
+	$(BIN)/uv pip install --quiet --python .venv-newest --resolution highest --prerelease explicit \
+		--constraint .venv-newest/jax.txt --editable ".[experiments]" --group dev
 	.venv-newest/bin/python -m ssam_jax
 	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-audit: $(VENV)/made  ## known vulnerabilities of what an environment made today holds; strict: all must be known
+EVERYTHING := --all-extras --group audit --group dev --group docs pyproject.toml
+
+audit: $(VENV)/audited  ## known vulnerabilities, strict, of the lock and of what would be installed today
 	mkdir -p dist
-	$(BIN)/uv pip compile --quiet --no-annotate --extra experiments pyproject.toml --output-file dist/audit.txt
-	$(BIN)/uv tool run pip-audit --strict --disable-pip --no-deps --requirement dist/audit.txt
+	$(BIN)/uv pip compile --quiet --no-annotate --generate-hashes $(EVERYTHING) --output-file dist/audit.txt
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements/ci.txt
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement dist/audit.txt
+
+lock: $(VENV)/made  ## renew requirements/ci.txt: the newest versions for each Python and system, with their hashes
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --generate-hashes \
+		--custom-compile-command "make lock" $(EVERYTHING) --output-file requirements/ci.txt
 
 lint: $(VENV)/made
 	$(BIN)/ruff check .
@@ -52,7 +78,7 @@ types: $(VENV)/made
 	$(BIN)/mypy
 
 $(VENV)/documented: $(VENV)/made
-	$(BIN)/python -m pip install --quiet --group docs
+	$(call group,docs)
 	touch $@
 
 docs: $(VENV)/documented  ## the site, in docs/_build/html; every code block runs, every public name is in it
@@ -65,9 +91,20 @@ bench: $(VENV)/made  ## every benchmark, into benchmarks/results and docs/perfor
 results: $(VENV)/made  ## the study of docs/results.md: make results DATA=folder-of-cifar10
 	$(BIN)/python -m ssam_experiments.results --data $(DATA)
 
-dist: $(VENV)/made  ## the wheel and the source distribution, in dist
+MINUTES ?= 20
+
+soak: $(VENV)/demo  ## kill, damage and starve runs at random and resume them; the table of docs/reliability.md
+	$(BIN)/python -m ssam_experiments.soak --minutes $(MINUTES)
+
+dist: $(VENV)/audited  ## the wheel, the source distribution, and a bill of materials: what the wheel runs on
 	rm -rf dist
 	$(BIN)/python -m hatchling build --directory dist
+	$(BIN)/uv pip compile --quiet --no-annotate --generate-hashes --constraint requirements/ci.txt \
+		pyproject.toml --output-file dist/requirements.txt
+	sed "s/^dynamic = .*/version = \"$$($(BIN)/python -m hatchling version)\"/" pyproject.toml > dist/pyproject.toml
+	$(BIN)/cyclonedx-py requirements dist/requirements.txt --pyproject dist/pyproject.toml --mc-type library \
+		--output-reproducible --output-format JSON --output-file dist/ssam_jax.cdx.json
+	rm dist/requirements.txt dist/pyproject.toml
 
 dist-check: dist  ## the wheel in an environment that holds its declared dependencies alone
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-dist

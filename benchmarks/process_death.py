@@ -1,7 +1,7 @@
-"""How long processes live on after one of them was killed: ``python benchmarks/process_death.py``.
+"""How long processes live on after one of them has ended: ``python benchmarks/process_death.py``.
 
-Processes on this machine, one CPU device each, sum an array over all of them in a loop until one gets
-SIGKILL. Prints how the others end: with JAX alone, and in `ssam_experiments.running.processes.all_or_none`.
+Processes on this machine, one CPU device each, sum an array over all of them in a loop until one fails or is
+killed. Prints how all end: with JAX alone, and as the trainer does it (`ssam_experiments.running.channel`).
 """
 
 import contextlib
@@ -15,24 +15,33 @@ import time
 
 import jax
 
-CASES = (  # which process is killed, the heartbeat, all_or_none, where the others are
-    ("last", 10, True, "in a sum"),
-    ("last", 10, False, "in a sum"),
-    ("last", 10, True, "elsewhere"),
-    ("first", 10, True, "in a sum"),
-    ("last", 100, True, "in a sum"),
-    ("last", 100, False, "in a sum"),
+CASES = (  # what happens, to which process, where the others are, the heartbeat, whether JAX is alone
+    ("SIGKILL", "last", "in a sum", 10, False),
+    ("SIGKILL", "last", "in a sum", 10, True),
+    ("SIGKILL", "last", "elsewhere", 10, False),
+    ("SIGKILL", "last", "elsewhere", 10, True),
+    ("SIGKILL", "first", "in a sum", 10, False),
+    ("SIGKILL", "first", "in a sum", 10, True),
+    ("OSError", "last", "in a sum", 10, False),
+    ("OSError", "last", "in a sum", 10, True),
+    ("SIGKILL", "last", "elsewhere", 100, False),
 )
 PROGRAM = """
 import pathlib, sys, time
+from ssam_experiments.running import group
+
+at, count, i, heartbeat, alone, busy, folder, fails = sys.argv[1:]
+if alone == "False":
+    flags = {"coordinator": at, "processes": count, "process-id": i, "heartbeat": heartbeat}
+    group.begin([f"--{name}={value}" for name, value in flags.items()])
+
+import contextlib
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ssam_experiments.running import processes
 
-at, count, i, heartbeat, guard, busy, folder = sys.argv[1:]
 processes.start(at, int(count), int(i), int(heartbeat))
-
-def work():
+with contextlib.nullcontext() if alone == "True" else processes.all_or_none():
     place = NamedSharding(Mesh(np.array(jax.devices()), ("all",)), PartitionSpec("all"))
     x = jax.make_array_from_process_local_data(place, np.ones(8, np.float32))
     total = jax.jit(jnp.sum)
@@ -40,17 +49,15 @@ def work():
     (pathlib.Path(folder) / i).touch()
     while True:
         total(x).block_until_ready() if busy == "in a sum" else time.sleep(0.1)
-
-if guard == "True":
-    with processes.all_or_none():
-        work()
-work()
+        if fails == i and (pathlib.Path(folder) / "now").exists():
+            raise OSError("No space left on device")
 """
 
 
 def measure(folder: pathlib.Path, count: int, case: tuple) -> str:
     """Return a line of the table."""
-    killed, heartbeat, guard, busy = case
+    happens, who, busy, heartbeat, alone = case
+    number = 0 if who == "first" else count - 1
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
     with contextlib.ExitStack() as stack:
@@ -58,7 +65,8 @@ def measure(folder: pathlib.Path, count: int, case: tuple) -> str:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind(("", 0))
         at = f"127.0.0.1:{held.getsockname()[1]}"
-        given = [at, str(count)], [str(heartbeat), str(guard), busy, str(folder)]
+        fails = str(number) if happens == "OSError" else "none"
+        given = [at, str(count)], [str(heartbeat), str(alone), busy, str(folder), fails]
         members = [
             subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *given[0], str(i), *given[1]],
@@ -73,19 +81,22 @@ def measure(folder: pathlib.Path, count: int, case: tuple) -> str:
         while len(list(folder.iterdir())) < count:
             time.sleep(0.01)
         time.sleep(2)
-        victim = members[0 if killed == "first" else -1]
-        victim.kill()
+        if happens == "OSError":
+            (folder / "now").touch()
+        else:
+            members[number].kill()
         began = time.perf_counter()
-        codes = [member.wait(600) for member in members if member is not victim]
+        codes = [member.wait(600) for member in members]
         seconds = time.perf_counter() - began
-    return f"| {killed} | {busy} | {heartbeat} | {'yes' if guard else 'no'} | {seconds:.1f} | {codes} |"
+    kind = "JAX alone" if alone else "the trainer"
+    return f"| {happens} | {who} | {busy} | {heartbeat} | {kind} | {seconds:.1f} | {codes} |"
 
 
 def main() -> None:
     """Print the table."""
     print(f"jax {jax.__version__}, 3 processes")
-    print("| killed | the others are | heartbeat, s | all_or_none | seconds until all end | exit codes |")
-    print("| --- | --- | ---: | --- | ---: | --- |")
+    print("| what | to which | the others are | heartbeat, s | with | seconds until all end | exit codes |")
+    print("| --- | --- | --- | ---: | --- | ---: | --- |")
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
             print(measure(pathlib.Path(folder), 3, case), flush=True)

@@ -40,7 +40,15 @@ FOREIGN = {  # files of other projects, and files that programs write
         "pytorch_optimizer/optimizer/sam.py",
     ),  # docs/guides/moving.md
     "asam.py",  # of ASAM's authors
-    *("metrics.jsonl", "config.json", "results.json", "table.md", "name.png", "contours.png"),
+    *(
+        "metrics.jsonl",
+        "config.json",
+        "manifest.json",
+        "results.json",
+        "table.md",
+        "name.png",
+        "contours.png",
+    ),
 }
 
 

@@ -5,14 +5,13 @@ name.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 
 import tyro
 
 from ssam_experiments import report
-from ssam_experiments.running.metrics import read_rows
+from ssam_experiments.running.files import make_folder, naming, read_rows, read_settings, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ def grouped(folders: tuple[pathlib.Path, ...]) -> dict[str, list[report.Rows]]:
         path = folder / "config.json"
         if not path.exists():
             raise ValueError(f"{folder} holds no run: there is no {path}.")
-        settings[folder] = json.loads(path.read_text())
+        settings[folder] = read_settings(path)
     names = [name for name in next(iter(settings.values())) if name != "seed"]
     differing = [name for name in names if len({str(s.get(name)) for s in settings.values()}) > 1]
     for folder, values in settings.items():
@@ -55,12 +54,13 @@ def main(comparison: Comparison) -> None:
         sys.exit("error: name the folder of at least one run.")
     try:
         groups = grouped(comparison.runs)
+        text, picture = report.table(groups), comparison.out / "learning_curves.png"
+        make_folder(comparison.out)
+        write_whole(comparison.out / "table.md", text)
+        with naming(picture):
+            report.learning_curves(groups).savefig(picture, dpi=150)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    comparison.out.mkdir(parents=True, exist_ok=True)
-    text, picture = report.table(groups), comparison.out / "learning_curves.png"
-    (comparison.out / "table.md").write_text(text, encoding="utf-8")
-    report.learning_curves(groups).savefig(picture, dpi=150)
     print(text)
     print(picture)
 

@@ -136,16 +136,20 @@ class Config:
     process_id: int = 0
     """Which of them this is, from 0. Process 0 prints, and writes all but the checkpoints."""
     coordinator: str = ""
-    """HOST:PORT at which process 0 listens to the others; or auto, on TPU pods and under SLURM or Open MPI,
-    where JAX finds out all three."""
+    """HOST:PORT at which process 0 listens to the others, and nowhere else; or auto, on TPU pods and under
+    SLURM or Open MPI, where JAX finds out all three."""
     heartbeat: int = 100
-    """Seconds of silence after which a process counts as dead, and the others end too."""
+    """Seconds of silence after which a process counts as dead, and the others end too; they wait as long for
+    each other when they start."""
     out: pathlib.Path = pathlib.Path("outputs/train")
     """Folder for metrics.jsonl, checkpoints and pictures; each run needs its own."""
     evaluate_every: int = 1
     """Epochs between two evaluations; the last epoch always has one."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints, in addition to those at the end of each epoch."""
+    resume_from: int | None = None
+    """Step of the checkpoint to resume from, for once, where the last one is damaged. Later ones are renamed
+    to <step>.aside."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too (needs tensorboardX)."""
     wandb: bool = False
@@ -195,7 +199,7 @@ def check(config: Config) -> None:
     rules: dict[str, Rule] = {
         "at least 1": (
             lambda v: v is None or v >= 1,
-            (*at_least_1, "evaluate_every", "checkpoint_every"),
+            (*at_least_1, "evaluate_every", "checkpoint_every", "resume_from"),
         ),
         "at least 0": (lambda v: v >= 0, ("validation", "workers", "process_id")),
         "from 0 to below 2**31": (lambda v: 0 <= v < 2**31, ("seed",)),

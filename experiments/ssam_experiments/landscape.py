@@ -31,7 +31,7 @@ from ssam_experiments import noisy_digits
 from ssam_experiments.ranges import Rule, check_ranges
 from ssam_experiments.report import mean_std
 from ssam_experiments.running import loop, preparation
-from ssam_experiments.running.metrics import write_whole
+from ssam_experiments.running.files import make_folder, write_whole
 from ssam_experiments.running.programs import cross_entropy
 from ssam_jax import plotting, sharpness
 
@@ -304,7 +304,7 @@ def draw_spectra(found: dict[str, Measured]) -> Figure:
 
 def save(config: Config, found: dict[str, Measured]) -> list[pathlib.Path]:
     """Write the table, everything in numbers, and the pictures; return the paths."""
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_folder(config.out)
     settings = {
         k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(config).items()
     }
@@ -373,6 +373,7 @@ def main(config: Config) -> None:
       FileNotFoundError, ValueError: as `check` and `loaded`.
     """
     check(config)
+    make_folder(config.out)  # not to measure in vain
     found = measure(config, loaded(config) if config.checkpoints else trained(config))
     paths = save(config, found)
     print(table(found, config))

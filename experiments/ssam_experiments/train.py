@@ -5,15 +5,23 @@ The paper's run on CIFAR-10 (arXiv 2306.17504)::
     python -m ssam_experiments.train --preset paper-cifar10-resnet18 --data path/to/cifar10
 """
 
-import itertools
 import sys
+
+from ssam_experiments.running import group
+
+if __name__ == "__main__":  # what is loaded next takes seconds, in which a process may fail
+    group.begin(sys.argv[1:])
+
+import itertools
+from typing import Any
 
 import tyro
 
 from ssam_experiments import report
 from ssam_experiments.config import PRESETS, Config
 from ssam_experiments.running import loop, preparation, processes
-from ssam_experiments.running.checkpoints import CheckpointError
+from ssam_experiments.running.files import naming
+from ssam_experiments.running.stopping import Stopped
 
 
 def parse(arguments: list[str]) -> Config:
@@ -24,26 +32,54 @@ def parse(arguments: list[str]) -> Config:
 
 
 def main(arguments: list[str]) -> None:
-    """Train, draw pictures, print where they are."""
-    config = parse(arguments)
-    try:
-        preparation.prepare(config)
-        preparation.claim(config)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    """Train, draw pictures, print where they are; say in a line why that cannot be.
+
+    As a command it ends with 143 if SIGTERM stopped the run, and with 130 if SIGINT did, after a checkpoint.
+    """
     try:
         with processes.all_or_none():
-            try:
-                _, rows = loop.train(config)
-            except FloatingPointError as error:  # in all processes alike
-                sys.exit(f"error: {error}")
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
-    if not processes.is_first():
-        return
+            code = run(arguments)
+    except processes.EXPECTED as error:  # in the only process
+        sys.exit(processes.said(error))
+    if code:
+        sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Do as `main` does, and return the exit code, unless something fails."""
+    group.gather(arguments)
+    config, stop = parse(arguments), group.STOP
+    preparation.prepare(config)
+    preparation.claim(config)
+    code = 0
+    try:
+        _, rows = loop.train(config, stop)
+    except Stopped as stopped:
+        code = stopped.code
+        if processes.is_first():
+            sys.stderr.write(f"{stopped}\n")
+    else:
+        stop.over = True
+        if processes.is_first():
+            show(config, rows)
+    processes.part()
+    return code
+
+
+def show(config: Config, rows: list[dict[str, Any]]) -> None:
+    """Print a table of a run, draw its pictures and print where they are.
+
+    Raises:
+      ValueError: no epoch was recorded, or a picture cannot be written.
+    """
+    if not rows:
+        raise ValueError(
+            f"the run has ended, but {config.out / 'metrics.jsonl'} has none of its epochs to show."
+        )
     print(report.table({config.out.name: [rows]}))
-    for path in report.draw_run(rows, config.out):
-        print(path)
+    with naming(config.out):
+        pictures = report.draw_run(rows, config.out)
+    print(*pictures, sep="\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ssam_experiments import compare, train
 from ssam_experiments.config import Config
 from ssam_experiments.running import loop, preparation
 from ssam_experiments.running.metrics import read_rows
+from ssam_experiments.running.stopping import Stop, Stopped
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion", "quick_compilation")
 
@@ -133,9 +134,15 @@ def test_imagenet_is_streamed(tmp_path):
     assert images.shape == (8, 224, 224, 3) and images.dtype == np.uint8 and {*labels} == {0, 1}
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="epoch 1: lower --lr or --rho"):
-        trained(tmp_path, lr=1e30)
+def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(tmp_path):
+    sentence = (
+        r"the training loss is not finite at step 2; the last checkpoint, of step 1, is finite and stays"
+    )
+    with pytest.raises(FloatingPointError, match=f"{sentence}.*Lower --lr.*another --out"):
+        trained(tmp_path, lr=1e20, checkpoint_every=1)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+    with pytest.raises(FloatingPointError, match="the training loss is not finite at step 4; there is no"):
+        trained(tmp_path / "at the end of an epoch", lr=1e20)
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
@@ -183,6 +190,47 @@ def arrays(state):
     """Return all of a state, its key as bytes."""
     key = jax.random.key_data(state.dropout_key)
     return jax.tree.map(np.asarray, (state.params, state.batch_stats, state.opt_state, key, state.step))
+
+
+class StopAt(Stop):
+    """Says that a run is to stop, at one of the calls."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.set(call, signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, quick_compilation):
+    """Return the settings of a run of two epochs with three batches of evaluation each, and how it ended."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        config, state, rows = trained(folder, method="ssam-f", validation=64, evaluate_every=1)
+    return config, arrays(state), [settled(row) for row in rows]
+
+
+# Of each epoch: four steps, and an evaluation of one batch and of one.
+@pytest.mark.parametrize(
+    ("calls", "steps"),
+    [((2,), (2,)), ((4,), (4,)), ((5,), (4,)), ((6,), (4,)), ((7, 1, 1, 2), (5, 6, 7, 8)), ((12,), (8,))],
+)
+def test_a_run_that_was_stopped_anywhere_ends_as_one_that_was_not(tmp_path, uninterrupted, calls, steps):
+    config, state, rows = uninterrupted
+    config = dataclasses.replace(config, out=tmp_path)
+    for call, step in zip(calls, steps):
+        with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step}, which is saved") as raised:
+            loop.train(config, StopAt(call))
+        assert raised.value.code == 143 and max(saved(tmp_path)) == step
+    final, found = loop.train(config)
+    assert [settled(row) for row in found] == [settled(row) for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert [settled(row) for row in found] == rows
+    assert_same(arrays(final), state)
+    assert_same(arrays(loop.train(config)[0]), state)  # what was saved at the end
+
+
+def saved(folder):
+    """Return the steps of which there are checkpoints."""
+    return [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()]
 
 
 def test_metrics_written_after_the_last_checkpoint_are_written_again(tmp_path):

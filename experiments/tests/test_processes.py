@@ -1,7 +1,11 @@
 """The trainer in several processes: it goes on as in one, and all refuse what one refuses."""
 
 import dataclasses
+import os
+import pathlib
+import re
 import shutil
+import signal
 import sys
 
 import jax
@@ -11,7 +15,7 @@ from tiny import assert_close, assert_same
 
 import ssam_jax
 from ssam_experiments.config import Config
-from ssam_experiments.running import checkpoints, loop, placement, processes
+from ssam_experiments.running import checkpoints, integrity, loop, placement, processes
 from ssam_experiments.running.metrics import read_rows
 
 TRAINED = Config(
@@ -48,13 +52,20 @@ def test_the_trainer_goes_on_in_two_processes_as_it_would_have_in_one(tmp_path, 
     ]  # finished: read, on one device
     assert_close(there.params, state.params)
     assert_same(ssam_jax.get_mask(there.opt_state), ssam_jax.get_mask(state.opt_state))
+    last = tmp_path / "begun" / "checkpoints" / "12"
+    (part, *_) = (name for name in integrity.read(last).files if "ocdbt.process_1/d/" in name)
+    os.truncate(last / part, 100)
+    with pytest.raises(checkpoints.CheckpointError, match=f"{part} has 100 bytes.*add --resume-from 8"):
+        loop.train(dataclasses.replace(config, out=tmp_path / "begun"))
 
 
 AGREE = """
 import sys
-from ssam_experiments.running import processes
+from jax.experimental import multihost_utils
+from ssam_experiments.running import group, processes
 
 at, i = sys.argv[1], int(sys.argv[2])
+group.begin([f"--coordinator={at}", "--processes=2", f"--process-id={i}"])
 processes.start(at, 2, i)
 
 
@@ -69,17 +80,50 @@ for work, facts in ((lambda: i, lambda _: "same"), (lambda: i, str), (refuse, st
         print(processes.together(work, facts))
     except (FileNotFoundError, ValueError) as error:
         print(error)
+multihost_utils.sync_global_devices("both have said so")
+with processes.all_or_none():
+    if i == 1:
+        raise MemoryError("of process 1")
+    multihost_utils.sync_global_devices("in vain")
 """
 
 
-def test_a_run_that_one_process_refuses_is_refused_by_all(tmp_path):
+def test_a_run_that_one_process_refuses_is_refused_by_all_and_one_that_fails_ends_all(tmp_path):
     with Group(tmp_path, 2, 1, lambda at, i: [sys.executable, "-c", AGREE, at, str(i)]) as group:
-        assert group.codes(PATIENCE) == [0, 0], group.output()
+        assert group.codes(PATIENCE) == [1, 1], group.output()
     first, second = (log.read_text() for log in group.logs)
     assert "\n0\n" in f"\n{first}" and "\n1\n" in f"\n{second}"
     for text in (first, second):
         assert "process 1 has other settings or other data than process 0" in text
     assert "process 1 refuses the run" in first and "no data here" in second
+    assert "\nerror: process 1 ended, and so does this one: MemoryError: of process 1\n" in first
+    assert "\nerror: MemoryError: of process 1\n" in second and "Traceback" not in first + second
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/net/tcp").exists(), reason="what listens is read from Linux")
+def test_a_signal_to_one_process_is_a_checkpoint_of_all_and_nothing_listens_to_other_machines(tmp_path):
+    flags = ["--model=mlp", "--limit=32", "--batch=16", "--epochs=9999", "--evaluate-every=9999"]
+    main = [sys.executable, "-m", "ssam_experiments.train", *flags, f"--out={tmp_path}", "--devices=2"]
+    command = [*main, "--processes=2"]
+    with Group(tmp_path, 2, 1, lambda at, i: [*command, f"--coordinator={at}", f"--process-id={i}"]) as group:
+        group.wait_for(lambda: read_rows(tmp_path / "metrics.jsonl"))
+        port = int(group.members[0].args[-2].rpartition(":")[2])
+        addresses = list(listening(port))
+        group.members[1].send_signal(signal.SIGTERM)
+        assert group.codes(PATIENCE) == [143, 143], group.output()
+    assert addresses and all(address.endswith("0100007F") for address in addresses)  # 127.0.0.1
+    step = int(re.search("stopped by SIGTERM after step (\\d+), which is saved", group.output())[1])
+    assert step == max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal())
+    assert "Traceback" not in group.output()
+
+
+def listening(port):
+    """Yield the addresses, in hexadecimal, at which something on this machine listens to a port."""
+    for name in ("tcp", "tcp6"):
+        for line in pathlib.Path("/proc/net", name).read_text().splitlines()[1:]:
+            address, at = line.split()[1].split(":")
+            if line.split()[3] == "0A" and int(at, 16) == port:
+                yield address
 
 
 @pytest.mark.parametrize("knows", [True, False])

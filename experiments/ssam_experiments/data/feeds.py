@@ -17,6 +17,7 @@ from ssam_experiments.data.readers import Arrays
 from ssam_experiments.running import placement
 
 EVAL_BATCH = 500
+SAMPLED = 8  # images of a stream in its facts: to read all of them would take as long as an epoch
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels, the usual constants
 TRAINING, EXAMPLES = 2, 3  # purposes of a random order; 0 and 1 are initialization and dropout
 
@@ -136,7 +137,7 @@ class StreamFeed:
         self._part = jax.process_index(), jax.process_count()
         self.steps_per_epoch = len(self._train) // config.batch
         self.classes = self._train.classes
-        self.facts = f"{self.classes} {len(self._train)} {len(self._test)}"
+        self.facts = f"{self.classes} {_checksum(self._train)} {_checksum(self._test)}"
 
     def batches(self, seed: int, epoch: int, start: int) -> Iterator[Any]:
         """Yield images and labels, of which each process reads the rows of its own devices."""
@@ -173,3 +174,12 @@ class StreamFeed:
         size, devices = self._config.batch, self._config.devices
         for batch in eval_batches(self._test, batch=size, workers=self._workers, part=self._part):
             yield placement.joined((batch["image"], batch["label"], batch["weight"]), devices)
+
+
+def _checksum(source: Source) -> str:
+    """Return the number of images and a checksum of some of them, the same wherever they are."""
+    found = 0
+    for index in np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=int):
+        data, label = source[int(index)]
+        found = zlib.crc32(data + str(label).encode(), found)
+    return f"{len(source)}:{found}"

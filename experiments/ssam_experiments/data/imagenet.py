@@ -16,6 +16,7 @@ from PIL import Image
 
 from ssam_experiments.data.images import decode
 from ssam_experiments.data.sources import ImageFolder, ParquetImages, Source, image_folder, parquet
+from ssam_experiments.running.stopping import leave_to_the_trainer
 
 __all__ = [
     "ImageFolder",
@@ -218,7 +219,8 @@ def _iterate(batches: grain.MapDataset, workers: int, threads: int) -> Iterator[
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain 0.2.18 reads one of its own, parsed or not (its issue 1355)
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        stream = stream.mp_prefetch(options, worker_init_fn=leave_to_the_trainer)
     iterator = iter(stream)
     try:
         for batch in iterator:  # arrays in shared memory, of a class of grain's own

@@ -4,9 +4,8 @@ A run that was killed resumes and ends bit for bit the same, on the same devices
 """
 
 import contextlib
+import dataclasses
 import functools
-import json
-import math
 import pathlib
 import time
 from collections.abc import Callable, Hashable
@@ -15,18 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import ssam_jax
 from ssam_experiments.config import Config
 from ssam_experiments.data.feeds import Feed
-from ssam_experiments.running import checkpoints, processes
+from ssam_experiments.running import checkpoints, files, locks, processes
 from ssam_experiments.running.checkpoints import Position
 from ssam_experiments.running.metrics import Tracker
 from ssam_experiments.running.optimizers import Chosen, make_schedule
-from ssam_experiments.running.preparation import ROUNDING, claim, prepare
+from ssam_experiments.running.preparation import ROUNDING, claim, prepare, recorded
 from ssam_experiments.running.programs import Programs, Totals
+from ssam_experiments.running.stopping import Stop, Stopped
 
 LOOK_EVERY = 20  # steps between two looks at the loss, each of which waits for the device
 
@@ -79,24 +78,35 @@ class Pace:
         return self._steps / seconds if self._steps else None
 
 
-def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
+def train(config: Config, stop: Stop | None = None) -> tuple[Any, list[dict[str, Any]]]:
     """Train, or resume training, and return the final state and the metrics of each epoch.
 
     Writes config.json, metrics.jsonl and checkpoints into ``config.out``. Each process writes to the
     checkpoints what its devices hold.
 
+    Args:
+      config: the settings.
+      stop: asked after every step, and at every batch of an evaluation, whether to stop.
+
     Raises:
-      CheckpointError: the last checkpoint cannot be read.
-      FloatingPointError: the training loss is not finite.
+      Stopped: the run was to stop, and has saved how far it came.
+      RunError: a checkpoint or another file cannot be read or written, or is damaged or another run's.
+      FloatingPointError: the training loss or the state is not finite.
       FileNotFoundError, ValueError: as `prepare` and `claim`.
     """
     feed, programs = prepare(config)
     claim(config)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     steps, first = config.epochs * feed.steps_per_epoch, processes.is_first()
-    with ocp.CheckpointManager((config.out / "checkpoints").absolute(), options=options) as manager:
-        at = checkpoints.resume(manager, programs.init(config.seed), programs.no_totals())
-        save = functools.partial(checkpoints.save, manager)
+    with locks.releasing(config.out), _store(config, feed) as store:
+        at = checkpoints.resume(store, programs.init(config.seed), programs.no_totals(), config.resume_from)
+        save = functools.partial(checkpoints.save, store)
+
+        def pause(at: Position) -> None:
+            if stop is not None and stop.here():
+                if at.step not in store.steps()[-1:]:
+                    save(at)
+                raise Stopped(stop.signum, at.step)
+
         bar = tqdm(
             total=steps,
             initial=at.step,
@@ -105,14 +115,14 @@ def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
             smoothing=0.05,
             disable=None if first else True,  # None: off a terminal
         )
-        tracker = Tracker(config, last_epoch=at.step // feed.steps_per_epoch)
+        tracker = Tracker(config, last_epoch=_epoch(feed, at))
         with bar, contextlib.closing(tracker):
             pace = Pace(bar)
-            while at.step < steps:
-                epoch = at.step // feed.steps_per_epoch
-                at, row = _train_epoch(config, feed, programs, at, pace, save)
+            while (epoch := _epoch(feed, at)) < config.epochs:
+                at, row = _train_epoch(config, feed, programs, at, pace, save, pause)
+                checkpoints.check_finite(store, at)
                 if (epoch + 1) % config.evaluate_every == 0 or at.step == steps:
-                    row |= evaluate(config, feed, programs, at.state)
+                    row |= evaluate(config, feed, programs, at.state, functools.partial(pause, at))
                 row |= _mask_metrics(config, at.state)
                 at = Position(
                     at.step, _refresh(config, feed, programs, at.state, epoch), programs.no_totals()
@@ -148,19 +158,34 @@ def load(folder: pathlib.Path, data: pathlib.Path | None = None) -> tuple[Config
       FileNotFoundError: the data are missing.
       ValueError: the folder holds no run, or the run has no checkpoint that can be read.
     """
-    path, saved = folder / "config.json", folder / "checkpoints"
+    path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no run: there is no {path}.")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
-    where = data or (settings["data"] and pathlib.Path(settings["data"]))
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in files.read_settings(path).items()}
+    if unknown := settings.keys() - {field.name for field in dataclasses.fields(Config)}:
+        raise ValueError(
+            f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}."
+        )
+    where = data or (settings.get("data") and pathlib.Path(settings["data"]))
     settings |= ROUNDING | {"out": folder, "data": where, "precision": "float32"}
     config = Config(**settings)
-    _, programs = prepare(config)
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(saved.absolute(), options=options) as manager:
-        if manager.latest_step() is None:
+    feed, programs = prepare(config)
+    with _store(config, feed) as store:
+        if not store.steps():
             raise ValueError(f"{folder} holds no checkpoint yet.")
-        return config, checkpoints.resume(manager, programs.init(config.seed), programs.no_totals()).state
+        like = programs.init(config.seed), programs.no_totals()
+        return config, checkpoints.resume(store, *like, but=("precision",)).state
+
+
+def _store(config: Config, feed: Feed) -> contextlib.AbstractContextManager[checkpoints.Store]:
+    settings = {k: v for k, v in recorded(config).items() if k not in ("data", *ROUNDING)}
+    return checkpoints.opened(config.out / "checkpoints", settings, feed.facts)
+
+
+def _epoch(feed: Feed, at: Position) -> int:
+    """Return the epoch that a run is in, counted from 0: in the last one until its end was dealt with."""
+    epoch, steps = divmod(at.step, feed.steps_per_epoch)
+    return epoch - 1 if at.step and not steps and float(at.totals.examples) else epoch
 
 
 def _train_epoch(
@@ -170,13 +195,14 @@ def _train_epoch(
     at: Position,
     pace: Pace,
     save: Callable[[Position], None],
+    pause: Callable[[Position], None],
 ) -> tuple[Position, dict[str, Any]]:
     """Take the steps that are left of an epoch; return where they lead, and the epoch's metrics."""
     chosen = Chosen(*map(np.float32, (config.lr, config.weight_decay, config.rho)))
-    (epoch, start), leaves = divmod(at.step, feed.steps_per_epoch), perturbed_leaves(config, at.state)
+    epoch, leaves = _epoch(feed, at), perturbed_leaves(config, at.state)
     began, end = time.perf_counter(), (epoch + 1) * feed.steps_per_epoch
     pace.start()
-    for source in feed.batches(config.seed, epoch, start):
+    for source in feed.batches(config.seed, epoch, at.step - epoch * feed.steps_per_epoch):
         ascent = ascends(config, epoch, at.step)
         active = leaves if ascent else None
         step = functools.partial(
@@ -191,6 +217,7 @@ def _train_epoch(
             pace.bar.set_postfix(shown)
         if config.checkpoint_every and at.step % config.checkpoint_every == 0 and at.step < end:
             save(at)
+        pause(at)
     loss, accuracy = _means(at.totals)
     row = {
         "epoch": epoch + 1,
@@ -202,17 +229,21 @@ def _train_epoch(
     }
     if speed := pace.steps_per_second():
         row["images_per_second"] = config.batch * speed
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the training loss is {loss} in epoch {epoch + 1}: lower --lr or --rho.")
     return at, row
 
 
-def evaluate(config: Config, feed: Feed, programs: Programs, state: Any) -> dict[str, float]:
-    """Return loss and accuracy on the test examples, and on the validation examples if there are any."""
+def evaluate(
+    config: Config, feed: Feed, programs: Programs, state: Any, pause: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Return loss and accuracy on the test examples, and on the validation examples if there are any.
+
+    Calls ``pause`` before each batch.
+    """
     found = {}
     for split in ("valid", "test") if config.validation else ("test",):
         totals = programs.no_totals()
         for batch in feed.evaluation(split):
+            pause()
             totals = jax.tree.map(jnp.add, totals, programs.evaluate(state, *batch))
         found[f"{split}_loss"], found[f"{split}_accuracy"] = _means(totals)
     return found

@@ -4,11 +4,11 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from ssam_experiments.config import Config
+from ssam_experiments.running.files import append, read_rows, write_whole
 from ssam_experiments.running.processes import is_first
 
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # what the flags need
@@ -25,7 +25,7 @@ class Tracker:
 
     def __init__(self, config: Config, *, last_epoch: int):
         self._path = config.out / "metrics.jsonl"
-        self.rows = [row for row in read_rows(self._path) if row["epoch"] <= last_epoch]
+        self.rows = [row for row in read_rows(self._path, "epoch") if row["epoch"] <= last_epoch]
         self._writers: list[Callable[[dict[str, Any]], Any]] = []
         self._closers: list[Callable[[], Any]] = []
         self._writes = is_first()
@@ -55,8 +55,7 @@ class Tracker:
         self.rows.append(row)
         if not self._writes:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self._path, json.dumps(row) + "\n")
         scalars = {name: value for name, value in row.items() if not isinstance(value, dict)}
         for write in self._writers:
             write(scalars)
@@ -78,17 +77,3 @@ def needed(flag: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(f"--{flag} needs {module}: pip install {module}.") from error
-
-
-def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a file of JSON lines; none if there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Write a file that is complete or absent, whenever the process is killed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)

@@ -13,8 +13,9 @@ from ssam_experiments import models
 from ssam_experiments.config import Config, check
 from ssam_experiments.data import datasets
 from ssam_experiments.data.feeds import Feed, MemoryFeed, StreamFeed
-from ssam_experiments.running import placement, processes
-from ssam_experiments.running.metrics import MODULES, needed, write_whole
+from ssam_experiments.running import choice, fingerprint, locks, placement, processes
+from ssam_experiments.running.files import make_folder, naming, read_settings, write_whole
+from ssam_experiments.running.metrics import MODULES, needed
 from ssam_experiments.running.programs import Programs, make_programs
 
 TRACED: dict[str, Any] = {
@@ -28,6 +29,7 @@ IRRELEVANT: dict[str, Any] = {  # settings that do not change the course of a ru
     "preset": "none",
     "workers": 1,
     "checkpoint_every": None,
+    "resume_from": None,
     "evaluate_every": 1,
     "tensorboard": False,
     "wandb": False,
@@ -63,7 +65,8 @@ def prepare(config: Config) -> Prepared:
         for flag in MODULES:
             if getattr(config, flag):
                 needed(flag)
-        prepared = _prepare(dataclasses.replace(config, **TRACED, **IRRELEVANT), config.workers)
+        place = config.data and config.data.absolute()  # what is kept is not another folder's
+        prepared = _prepare(dataclasses.replace(config, **TRACED, **IRRELEVANT, data=place), config.workers)
         jax.eval_shape(prepared.programs.init, 0)  # the model, mask and optimizer fit
         return prepared
 
@@ -94,36 +97,62 @@ def _load(name: str, folder: pathlib.Path | None, validation: int, limit: int | 
 
 
 def claim(config: Config) -> None:
-    """Write the settings to the run's folder, or check that the settings there are the same.
+    """Lock the run's folder; write the settings to it, or check that the settings there are the same.
 
-    The number of devices and processes may differ.
+    The number of devices and processes may differ. The first process has the lock, for all of them, until
+    `locks.release` or its end.
 
     Raises:
-      ValueError: the settings differ, or a process does not see the folder of the others.
+      ValueError: another trainer has the folder, the settings differ, or a process does not see the folder of
+        the others.
     """
     path = config.out / "config.json"
-    settings = dataclasses.asdict(dataclasses.replace(config, **IRRELEVANT))
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    processes.together(lambda: _claim(path, _plain(settings), _plain(defaults)), str)
+    settings = recorded(config)
+
+    def alone() -> None:
+        locked = False
+        if processes.is_first():
+            make_folder(config.out)
+            with naming(config.out / locks.NAME):
+                locked = locks.hold(config.out)
+        try:
+            _claim(path, settings)
+        except BaseException:
+            if locked:
+                locks.release(config.out)
+            raise
+
+    processes.together(alone, str)
     processes.together(lambda: _is_there(path), str)
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings, default=str))
+def recorded(config: Config) -> dict[str, Any]:
+    """Return the settings that change the course of a run, and where its data are, as plain values."""
+    data = config.data and config.data.absolute()
+    return fingerprint.plain(dataclasses.asdict(dataclasses.replace(config, **IRRELEVANT, data=data)))
 
 
-def _claim(path: pathlib.Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
-    if not path.exists():
-        if processes.is_first():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(settings, indent=1))
-        return
-    there = defaults | json.loads(path.read_text())  # a setting that is newer than the run had its default
-    other = [name for name, value in settings.items() if there[name] != value and name not in ROUNDING]
-    if other:
-        raise ValueError(
-            f"--out {path.parent} holds a run of other settings ({', '.join(other)}): name another folder."
-        )
+def _claim(path: pathlib.Path, settings: dict[str, Any]) -> None:
+    with naming(path, "read"):
+        there = read_settings(path) if path.exists() else None
+    known = choice.last_settings(path.parent / "checkpoints") if there is None else there
+    if known is not None:
+        other = fingerprint.other_settings(known, settings, but=("data", *ROUNDING))
+        if other:
+            raise ValueError(
+                f"--out {path.parent} holds a run of other settings ({', '.join(other)}): name another"
+                " folder."
+            )
+    if processes.is_first() and (there is None or there.get("data") != settings["data"]):
+        moved = {"data": settings["data"]}  # the same data, or the checkpoints' fingerprint will tell
+        text = json.dumps({**settings, **(known or {}), **moved}, indent=1)
+        if there is not None:
+            write_whole(path, text)
+            return
+        with naming(path):
+            if locks.create(path, text):
+                return
+        _claim(path, settings)  # others were there first
 
 
 def _is_there(path: pathlib.Path) -> None:

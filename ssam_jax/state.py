@@ -86,6 +86,7 @@ def set_mask(opt_state: PyTree, mask: Mask) -> PyTree:
         raise ValueError(
             "there is no mask to replace: this ssam is dense (mask=None). Make it with"
             " mask=fisher_mask(pattern, refresh_every=None) to have one that only set_mask changes."
+            " See docs/guides/choosing.md."
         )
     old = state.mask.bits
     bits = packing.pack_like(_fitted(mask, state.mask.mask), old)
@@ -130,7 +131,8 @@ def find(opt_state: PyTree, kind: type[T]) -> T:
         raise ValueError(
             f"opt_state must hold the state of exactly one {carriers}, found {len(found)}"
             f" in a {type(opt_state).__name__}. It is what tx.init(params) returns; restore a checkpoint into"
-            " that, since without it Orbax and Flax return plain dicts and lists."
+            " that, since without it Orbax and Flax return plain dicts and lists: see"
+            " docs/guides/checkpoints.md."
         )
     [state] = found
     if isinstance(state, SsamState) and not isinstance(state.mask, MaskState | tuple):

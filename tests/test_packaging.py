@@ -2,6 +2,7 @@
 
 import email
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -50,6 +51,16 @@ def test_the_metadata_is_that_of_the_project(built):
     assert plain == set(PROJECT["project"]["dependencies"])
     assert set(found.get_all("Provides-Extra")) == set(PROJECT["project"]["optional-dependencies"])
     assert found.get_payload().startswith("# ssam_jax")
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"\nversion: {ssam_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    headings = re.findall(r"^## \[(\d\S*)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert headings[0] == ssam_jax.__version__
+
+
+def test_readme_fits_a_first_look():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 def test_the_source_distribution_holds_what_its_own_tests_need(built):

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-# The index of jax's nightly wheels, say; what is there and newer than on PyPI is taken by test-newest.
+# The index of jax's nightly wheels, for example; test-newest takes what is newer there than on PyPI.
 JAX_INDEX ?=
 
 .PHONY: demo test test-oldest test-newest lint types docs audit bench results dist dist-check clean

@@ -96,7 +96,7 @@ def runs(records: dict[str, Record]) -> str:
             where += f"; {hardware['device']}"
         settings.setdefault(where, []).append(name)
     columns = {
-        "run": (lambda row: f"`{row['command']}`", ""),
+        "run": (lambda row: f"`{row['command']}`".replace("|", r"\|"), ""),
         "date": ("date", ""),
         "seeds": (lambda row: ", ".join(map(str, row["seeds"])), ""),
         "seconds": ("seconds", ".0f"),

@@ -41,7 +41,10 @@ exclude_patterns = ["_build", "results"]
 # the build. The objects of other libraries are written ``name``.
 default_role = "py:obj"
 nitpicky = True
-nitpick_ignore = [("py:class", "T"), ("py:class", "jax.jaxlib._jax.Array")]  # a type variable; behind an alias
+nitpick_ignore = [  # a type variable, and what an alias unfolds to
+    ("py:class", "T"),
+    ("py:class", "jax.jaxlib._jax.Array"),
+]
 
 autosummary_generate = False  # the tables of docs/api link to what stands on the same pages
 autodoc_default_options = {"member-order": "bysource"}
@@ -54,7 +57,7 @@ python_maximum_signature_line_length = 80
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-# tests/test_readme.py runs the code of every page, in `make test` and in `make docs`; the build runs the notebooks.
+# The build runs the notebooks. tests/test_readme.py and tests/guides.py run the code of the pages.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True

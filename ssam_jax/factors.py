@@ -186,7 +186,7 @@ class Factors:
         if not isinstance(state, SsamState):
             raise TypeError(
                 "state must be the SsamState that this ssam's init(params) returned, got"
-                f" {type(state).__name__}. That of a whole chain goes to the chain's update; and a checkpoint"
+                f" {type(state).__name__}. That of a chain goes to the chain's own update; and a checkpoint"
                 " is restored into tx.init(params), since without it Orbax and Flax return plain dicts and"
                 " lists: see docs/guides/checkpoints.md."
             )

@@ -184,7 +184,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
                 return whole(params, *args)[1]
         else:
             raise ValueError(
-                "active, mask and form='implicit' need shared=True: two whole gradients are exact and of all"
+                "active, mask and form='implicit' need shared=True; without it both gradients are exact, of all"
                 f" leaves. Got active={active!r}, form={form!r} and {'no' if mask is None else 'a'} mask."
             )
         batch_stats, aux = rest

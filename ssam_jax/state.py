@@ -55,7 +55,7 @@ def get_mask(opt_state: PyTree) -> Mask:
     Args:
       opt_state: the state of an optimizer with one `ssam`, `alternating` or `carried` somewhere in it:
         ``optax.chain``, ``named_chain``, ``MultiSteps``, ``inject_hyperparams``,
-        ``apply_if_finite``, a whole train state.
+        ``apply_if_finite``, a complete train state.
 
     Returns:
       bool pytree of the structure of the parameters, True where perturbed, whose leaves broadcast

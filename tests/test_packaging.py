@@ -28,7 +28,7 @@ def built(tmp_path_factory):
     return folder
 
 
-def test_the_wheel_holds_the_packages_their_licence_and_nothing_else(built):
+def test_the_wheel_holds_the_packages_their_license_and_nothing_else(built):
     with zipfile.ZipFile(built / f"{NAME}-py3-none-any.whl") as wheel:
         names = set(wheel.namelist())
     homes = {"ssam_jax": ROOT, "ssam_experiments": ROOT / "experiments"}

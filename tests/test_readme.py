@@ -43,7 +43,7 @@ def test_every_code_block_of_a_page_runs_in_one_namespace(name, relaxed_promotio
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_local_link_has_a_target(name):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[name]):
+    for target in re.findall(r'(?:\]\(|src=")(?!https?:)([^)#"]+)[)"]', PAGES[name]):
         assert (ROOT / name).parent.joinpath(target).exists(), target
 
 

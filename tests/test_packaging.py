@@ -3,6 +3,7 @@
 import email
 import pathlib
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -57,6 +58,18 @@ def test_the_version_is_the_same_everywhere():
     assert f"\nversion: {ssam_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     headings = re.findall(r"^## \[(\d\S*)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
     assert headings[0] == ssam_jax.__version__
+
+
+def test_links_of_readme_lead_to_the_repository_on_a_package_index():
+    absolute = runpy.run_path(str(ROOT / "hatch_build.py"))["absolute"]
+    text = '![a](b.png) [c](d.md) [e](#f) [g](https://h) <img src="i.gif" alt="j">'
+    here = "https://example.org/us"
+    assert absolute(text, here) == (
+        f"![a]({here}/raw/main/b.png) [c]({here}/blob/main/d.md) [e](#f) [g](https://h)"
+        f' <img src="{here}/raw/main/i.gif" alt="j">'
+    )
+    readme = absolute((ROOT / "README.md").read_text(), here)
+    assert not re.findall(r'(?:\]\(|src=")(?!https?:)', readme)
 
 
 def test_readme_fits_a_first_look():

@@ -185,7 +185,7 @@ class TrainState(train_state.TrainState):  # type: ignore[no-untyped-call]
         else:
             raise ValueError(
                 "active, mask and form='implicit' need shared=True: without it both gradients are exact"
-                f" and complete. Got active={active!r}, form={form!r} and {'no' if mask is None else 'a'} mask."
+                f" and complete. Got active={active!r}, form={form!r}, {'no' if mask is None else 'a'} mask."
             )
         batch_stats, aux = rest
         return Passes(value, aux, grads, grad_fn, batch_stats)

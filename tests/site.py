@@ -39,7 +39,7 @@ class Loaded(html.parser.HTMLParser):
         address = attributes.get(LOADS.get(tag, ""))
         if address and attributes.get("rel") not in ("index", "search", "next", "prev", "canonical"):
             self.addresses.append(address)
-        if tag == "img" and not attributes.get("alt"):
+        if tag == "img" and (attributes.get("alt") or ".png").endswith(".png"):  # nothing, or a file's name
             self.silent.append(address)
 
 
@@ -55,7 +55,8 @@ def pages():
     command = [sys.executable, "-c", OFFLINE, *options, str(ROOT / "docs"), str(SITE)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
-    return {path.relative_to(SITE).as_posix(): path for path in SITE.rglob("*.html")}
+    found = {path.relative_to(SITE).as_posix(): path for path in SITE.rglob("*.html")}
+    return {name: path for name, path in found.items() if not name.startswith("_static/")}  # templates
 
 
 def test_no_page_loads_anything_from_a_foreign_host(pages):
@@ -84,6 +85,13 @@ def test_the_reference_has_types_sources_and_links_to_other_libraries(pages):
     page = pages["api/carriers.html"].read_text()
     assert "_modules/ssam_jax/sam.html#ssam" in page and "typing.html#ssam_jax.typing.Schedule" in page
     assert "transformations.html#optax.GradientTransformation" in page
+
+
+@pytest.mark.parametrize("name", ["first_steps", "algebra", "masks", "cheap_sam", "sharpness"])
+def test_a_notebook_shows_its_outputs(pages, name):
+    page = pages[f"notebooks/{name}.html"].read_text()
+    assert page.count("cell_output") >= 3 and page.count("_images/") >= 2
+    assert "Traceback" not in page
 
 
 def test_an_old_address_leads_to_the_new_one(pages):

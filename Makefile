@@ -57,7 +57,7 @@ $(VENV)/documented: $(VENV)/made
 
 docs: $(VENV)/documented  ## the site, in docs/_build/html; every code block runs, every public name is in it
 	$(BIN)/python -m pytest --quiet -n $(WORKERS) tests/test_readme.py tests/guides.py
-	$(BIN)/python -m pytest --quiet tests/site.py
+	$(BIN)/python -m pytest --quiet tests/website.py
 
 bench: $(VENV)/made  ## every benchmark, into benchmarks/results and docs/performance.md
 	$(BIN)/python benchmarks/run.py

@@ -37,14 +37,21 @@ def table(results: str) -> str:
       KeyError: the results lack a row or a column.
     """
     rows = rows_of(results)
-    lines = [
-        "| gradients a step | choice | step time / SGD | test accuracy, % |",
-        "| ---: | --- | ---: | ---: |",
-    ]
+    titles = ("gradients a step", "choice", "step time / SGD", "test accuracy, %")
+    lines = [f"| {' | '.join(titles)} |", "| ---: | --- | ---: | ---: |"]
     for name, (gradients, choice) in ROWS.items():
-        cells = rows[name]
-        lines.append(f"| {gradients} | {choice} | {cells['step time / SGD']} | {cells['test accuracy, %']} |")
+        time, accuracy = (cell(rows[name], title) for title in ("time / SGD", "test accuracy, %"))
+        lines.append(f"| {gradients} | {choice} | {time} | {accuracy} |")
     return "\n".join(lines) + "\n"
+
+
+def cell(row: dict[str, str], title: str) -> str:
+    """Return the number in a cell, with its spread, by a part of its title; what else is there is left out."""
+    text = next((text for key, text in row.items() if title in key), None)
+    if text is None:
+        raise KeyError(title)
+    found = re.match(r"[\d.]+(?: ± [\d.]+)?", text)
+    return found[0] if found else text
 
 
 def written(readme: str, results: str) -> str:

@@ -46,7 +46,7 @@ def table(results: str) -> str:
 
 
 def cell(row: dict[str, str], title: str) -> str:
-    """Return the number in a cell, with its spread, by a part of its title; what else is there is left out."""
+    """Return the number in a cell, with its spread, by a part of its title."""
     text = next((text for key, text in row.items() if title in key), None)
     if text is None:
         raise KeyError(title)

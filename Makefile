@@ -7,16 +7,16 @@ WORKERS ?= 2
 # Versions with their hashes, to install these and no others, as CI does: make test LOCK=requirements/ci.txt
 LOCK ?=
 
-# The index of jax's nightly wheels, say: test-newest takes jax and jaxlib from there, and nothing else.
+# The index of jax's nightly wheels, for example; test-newest takes jax and jaxlib from there, and nothing else.
 JAX_INDEX ?=
 
 .PHONY: demo test test-oldest test-newest lint types docs audit lock bench results soak dist dist-check clean
 
 ifeq ($(LOCK),)
-$(VENV)/demo: pyproject.toml  # the library and what the experiments need
+$(VENV)/demo: pyproject.toml  # the library and what the demo needs
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[experiments]"
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	touch $@
 else
 $(VENV)/demo: pyproject.toml $(LOCK)  # what the library, the tests and all tools need, and then the library
@@ -28,7 +28,8 @@ endif
 
 group = $(if $(LOCK),,$(BIN)/python -m pip install --quiet --group $(1))  # the lock has all groups
 
-$(VENV)/made: $(VENV)/demo  # and what the tests and tools need
+$(VENV)/made: $(VENV)/demo  # and what the experiments, the tests and tools need
+	$(if $(LOCK),,$(BIN)/python -m pip install --quiet --editable ".[experiments]")
 	$(call group,dev)
 	touch $@
 
@@ -83,7 +84,7 @@ $(VENV)/documented: $(VENV)/made
 
 docs: $(VENV)/documented  ## the site, in docs/_build/html; every code block runs, every public name is in it
 	$(BIN)/python -m pytest --quiet -n $(WORKERS) tests/test_readme.py tests/guides.py
-	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --quiet --fresh-env docs docs/_build/html
+	$(BIN)/python -m pytest --quiet tests/website.py
 
 bench: $(VENV)/made  ## every benchmark, into benchmarks/results and docs/performance.md
 	$(BIN)/python benchmarks/run.py

@@ -42,12 +42,41 @@ def tables(folder: Path) -> dict[str, str]:
     """Return every table for which a folder has results, by the name that a page calls it."""
     records = load(folder)
     found = {"runs": runs(records)} if records else {}
+    if {"step", "algebra"} <= set(records):
+        found["verdict"] = verdict(records)
     for name, record in records.items():
         every = importlib.import_module(name).tables(record)
         found |= {f"{name}.{table}": text for table, text in every.items()}
     for other in sorted(path for path in folder.glob("*") if path.is_dir()):
         found[other.name] = "\n\n".join(tables(other).values())
     return found
+
+
+VERDICT = (  # what a reader asks for, its benchmark and the names of its steps there
+    ("SAM: two gradients", "step", ("SAM",)),
+    ("a mask of single entries: no time saved", "step", ("Fisher 50 %", "Fisher 2:4", "dynamic 50 %")),
+    ("the last half of the layers, by two-pass gradients", "step", ("the same by two-pass gradients",)),
+    ("`carried`: one gradient", "algebra", ("carried",)),
+)
+
+
+def verdict(records: dict[str, Record]) -> str:
+    """Return in four rows what a step costs in SGD steps, from the cheapest to the dearest network."""
+
+    def ratios(benchmark: str, steps: Iterable[str]) -> list[float]:
+        found = []
+        for network in records[benchmark]["results"].values():
+            rows = network["rows"] if isinstance(network, dict) else network
+            ms = {row.get("name", row.get("step")): row["ms"] for row in rows}
+            found += [ms[step] / ms["SGD"] for step in steps if step in ms]
+        return found
+
+    rows = [(text, found) for text, name, steps in VERDICT if (found := ratios(name, steps))]
+    columns = {
+        "what you choose": (lambda row: row[0], ""),
+        "a step, in SGD steps": (lambda row: f"{min(row[1]):.2f} to {max(row[1]):.2f}", ""),
+    }
+    return markdown(rows, columns)
 
 
 def runs(records: dict[str, Record]) -> str:
@@ -67,7 +96,7 @@ def runs(records: dict[str, Record]) -> str:
             where += f"; {hardware['device']}"
         settings.setdefault(where, []).append(name)
     columns = {
-        "run": (lambda row: f"`{row['command']}`", ""),
+        "run": (lambda row: f"`{row['command']}`".replace("|", r"\|"), ""),
         "date": ("date", ""),
         "seeds": (lambda row: ", ".join(map(str, row["seeds"])), ""),
         "seconds": ("seconds", ".0f"),

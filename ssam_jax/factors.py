@@ -192,7 +192,8 @@ class Factors:
             carrier = kind.__name__.removesuffix("State").lower()
             raise TypeError(
                 f"state must be the {kind.__name__} that this {carrier}'s init(params) returned, got"
-                f" {type(state).__name__}. A checkpoint is restored into tx.init(params)."
+                f" {type(state).__name__}. A checkpoint is restored into tx.init(params): see"
+                " docs/guides/checkpoints.md."
             )
         self.check(grads, state.ssam, params)
         name = f"the {kept} in the state"
@@ -202,9 +203,9 @@ class Factors:
         if not isinstance(state, SsamState):
             raise TypeError(
                 "state must be the SsamState that this ssam's init(params) returned, got"
-                f" {type(state).__name__}. That of a whole chain goes to the chain's update; and a checkpoint"
+                f" {type(state).__name__}. That of a chain goes to the chain's own update; and a checkpoint"
                 " is restored into tx.init(params), since without it Orbax and Flax return plain dicts and"
-                " lists."
+                " lists: see docs/guides/checkpoints.md."
             )
         leaves, shape = len(jax.tree.leaves(params)), getattr(state.leaf_sizes, "shape", None)
         if shape != (leaves,):

@@ -220,8 +220,8 @@ class TrainState(train_state.TrainState):
                 return whole(params, *args, **kwargs)[1]
         else:
             raise ValueError(
-                "active, mask and form='implicit' need shared=True: two whole gradients are exact and of all"
-                f" leaves. Got active={active!r}, form={form!r} and {'no' if mask is None else 'a'} mask."
+                "active, mask and form='implicit' need shared=True: without it both gradients are exact"
+                f" and complete. Got active={active!r}, form={form!r}, {'no' if mask is None else 'a'} mask."
             )
         held, aux = rest
         batch_stats = held.pop("batch_stats", None)

@@ -205,7 +205,7 @@ def _check_options(factors: Factors, ascent_steps: int | None, skip_zero_rho: bo
         raise ValueError(
             "this combine must know on which steps there is no ascent, and a traced radius of 0 does not say:"
             " give ssam skip_zero_rho=True, or a float for rho and grad_fn=None on those steps. Got"
-            f" rho={factors.rho!r:.80} and skip_zero_rho=False."
+            f" rho={factors.rho!r:.80} and skip_zero_rho=False. See docs/guides/algebra.md."
         )
 
 
@@ -219,7 +219,7 @@ def _checked(grad_fn: GradFn | None, factors: Factors, extra: dict[str, Any]) ->
                 "ssam needs a gradient function: tx.update(grads, state, params, grad_fn=grad_fn) with"
                 " grad_fn(params, i) -> grads. Pass grad_fn=None to take a step without the ascent"
                 " on purpose. A wrapper that drops extra arguments needs ssam_jax.alternating or"
-                " ssam_jax.carried."
+                " ssam_jax.carried: see docs/guides/optax_loop.md."
             )
         return _gradient_of(**extra)
     if grad_fn is None:
@@ -229,12 +229,12 @@ def _checked(grad_fn: GradFn | None, factors: Factors, extra: dict[str, Any]) ->
         raise ValueError(
             "two_pass_value_and_grad(..., active=active) computes the ascent gradient of the active leaves"
             " alone, whose norm is not that of the complete gradient: it needs ssam(..., normalize='masked'),"
-            f" got normalize={factors.normalize!r}."
+            f" got normalize={factors.normalize!r}. See docs/two_pass.md."
         )
     if factors.combine is not None and not _is_complete(grad_fn):
         raise ValueError(
             "this combine needs the complete, exact gradient at w, and two_pass_value_and_grad computed it"
             " of the active leaves alone, or with a masked backward pass: leave active and form out, or take"
-            " combine=None."
+            " combine=None. See docs/guides/algebra.md."
         )
     return grad_fn

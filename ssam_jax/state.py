@@ -55,7 +55,7 @@ def get_mask(opt_state: PyTree) -> Mask:
     Args:
       opt_state: the state of an optimizer with one `ssam`, `alternating` or `carried` somewhere in it:
         ``optax.chain``, ``named_chain``, ``MultiSteps``, ``inject_hyperparams``,
-        ``apply_if_finite``, a whole train state.
+        ``apply_if_finite``, a complete train state.
 
     Returns:
       bool pytree of the structure of the parameters, True where perturbed, whose leaves broadcast
@@ -87,6 +87,7 @@ def set_mask(opt_state: PyTree, mask: Mask) -> PyTree:
         raise ValueError(
             "there is no mask to replace: this ssam is dense (mask=None). Make it with"
             " mask=fisher_mask(pattern, refresh_every=None) to have one that only set_mask changes."
+            " See docs/guides/choosing.md."
         )
     old = state.mask.bits
     bits = packing.pack_like(_fitted(mask, state.mask.mask), old)
@@ -131,7 +132,8 @@ def find(opt_state: PyTree, kind: type[T]) -> T:
         raise ValueError(
             f"opt_state must hold the state of exactly one {carriers}, found {len(found)}"
             f" in a {type(opt_state).__name__}. It is what tx.init(params) returns; restore a checkpoint into"
-            " that, since without it Orbax and Flax return plain dicts and lists."
+            " that, since without it Orbax and Flax return plain dicts and lists: see"
+            " docs/guides/checkpoints.md."
         )
     [state] = found
     if isinstance(state, SsamState) and not isinstance(state.mask, MaskState | tuple):

@@ -27,7 +27,7 @@ Form: TypeAlias = Literal["explicit", "implicit"]
 """Whether the perturbation is masked, or the backward pass that finds it."""
 
 Normalize: TypeAlias = Literal["global", "masked", "leaf"]
-"""The norm that the radius bounds: of the direction, of the masked direction, or of each leaf."""
+"""The norm that the radius bounds, of the direction, of the masked direction, or of each leaf."""
 
 
 class GradFn(Protocol):

@@ -2,6 +2,8 @@
 
 import email
 import pathlib
+import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -27,7 +29,7 @@ def built(tmp_path_factory):
     return folder
 
 
-def test_the_wheel_holds_the_packages_their_licence_and_nothing_else(built):
+def test_the_wheel_holds_the_packages_their_license_and_nothing_else(built):
     with zipfile.ZipFile(built / f"{NAME}-py3-none-any.whl") as wheel:
         names = set(wheel.namelist())
     homes = {"ssam_jax": ROOT, "ssam_experiments": ROOT / "experiments"}
@@ -50,6 +52,28 @@ def test_the_metadata_is_that_of_the_project(built):
     assert plain == set(PROJECT["project"]["dependencies"])
     assert set(found.get_all("Provides-Extra")) == set(PROJECT["project"]["optional-dependencies"])
     assert found.get_payload().startswith("# ssam_jax")
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"\nversion: {ssam_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    headings = re.findall(r"^## \[(\d\S*)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert headings[0] == ssam_jax.__version__
+
+
+def test_links_of_readme_lead_to_the_repository_on_a_package_index():
+    absolute = runpy.run_path(str(ROOT / "hatch_build.py"))["absolute"]
+    text = '![a](b.png) [c](d.md) [e](#f) [g](https://h) <img src="i.gif" alt="j">'
+    here = "https://example.org/us"
+    assert absolute(text, here) == (
+        f"![a]({here}/raw/main/b.png) [c]({here}/blob/main/d.md) [e](#f) [g](https://h)"
+        f' <img src="{here}/raw/main/i.gif" alt="j">'
+    )
+    readme = absolute((ROOT / "README.md").read_text(), here)
+    assert not re.findall(r'(?:\]\(|src=")(?!https?:)', readme)
+
+
+def test_readme_fits_a_first_look():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 def test_the_source_distribution_holds_what_its_own_tests_need(built):

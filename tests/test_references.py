@@ -32,7 +32,7 @@ LIBRARY = [path for path in SOURCES if path.is_relative_to(ROOT / "ssam_jax")]
 FACES = ("ssam_jax.sharpness", "ssam_jax.plotting", "ssam_jax.linen", "ssam_jax.nnx")
 """Modules whose names are public but not in ssam_jax itself."""
 
-ENDINGS = "py|md|toml|json|jsonl|cff|png|css|yml"
+ENDINGS = "py|md|ipynb|gif|toml|json|jsonl|cff|png|css|yml"
 FOREIGN = {  # files of other projects, and files that programs write
     *(
         "solver/sam.py",
@@ -217,7 +217,7 @@ OTHERS = {  # names of other projects
     *("first_step", "second_step", "use_gc", "perturb_eps", "base_optimizer", "adv_optimizer", "sync_period"),
     *("reset_state", "batch_axis_name", "update_freq", "num_samples", "drop_rate", "drop_strategy"),
     *("growth_strategy", "T_end", "opaque_mode", "weight_decay", "custom_jvp", "custom_vjp", "io_callback"),
-    *("check_vma", "param_dtype", "jax_enable_x64"),
+    *("check_vma", "param_dtype", "jax_enable_x64", "stateless_call", "optim_state"),
 }
 
 
@@ -291,6 +291,38 @@ def test_every_file_in_words_exists():
     assert not wrong(
         (name_of(path), [name for name in paths_in(words(path)) if not is_file(name, path.parent)])
         for path in SOURCES
+    )
+
+
+def pages_in_messages():
+    """Return the pages that the strings of the library name, docstrings aside, by file."""
+    texts = {path: "".join(strings(path)) for path in LIBRARY}
+    return {name_of(path): set(re.findall(r"docs/[\w/]+\.md", text)) for path, text in texts.items()}
+
+
+def strings(path):
+    """Yield the strings of a file's code, with a space where values come in."""
+    docstring = set(docstrings(path))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in docstring:
+            yield node.value + " "
+
+
+def test_errors_name_the_page_that_has_the_remedy():
+    named = pages_in_messages()
+    assert not wrong((name, [page for page in pages if page not in PAGES]) for name, pages in named.items())
+    assert len(set().union(*named.values())) >= 6
+
+
+def test_an_install_line_is_the_same_everywhere():
+    """No package index has this library, so that its name would install another's."""
+    texts = PAGES | {name_of(path): path.read_text() for path in SOURCES if path != Path(__file__)}
+    other = {
+        name: re.findall(r"pip install [^\n]*?ssam[_-]jax\b(?!\.)", text) for name, text in texts.items()
+    }
+    allowed = r"pip install '\.\[[^\n']*\]' in a clone of ssam_jax"
+    assert not wrong(
+        (name, [f for f in found if not re.fullmatch(allowed, f)]) for name, found in other.items()
     )
 
 

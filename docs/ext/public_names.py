@@ -19,6 +19,16 @@ MODULES = (
 )
 """What users import from."""
 
+HOMES = (
+    *MODULES,
+    "ssam_jax.typing",
+    "ssam_jax.masks.rule",
+    "ssam_jax.masks.dynamic",
+    "ssam_jax.ascent.radii",
+    "ssam_jax.two_pass.active",
+)
+"""Where the names in docstrings and signatures are from."""
+
 
 def public_names(module: types.ModuleType) -> dict[str, Any]:
     """Return what a module offers: what its ``__all__`` names, or what is defined in it, modules left out."""
@@ -69,14 +79,12 @@ def check(app: Sphinx, env: Any) -> None:
 
 
 def resolve(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
-    """Resolve a docstring's `name`, which its own module lacks, in ssam_jax or in another of `MODULES`."""
+    """Resolve a `name` that its own module lacks in ssam_jax or in another of `HOMES`."""
     name, domain = node["reftarget"], env.get_domain("py")
-    if node.get("refdomain") == "py" and "." not in name:
-        for target in (f"{module}.{name}" for module in MODULES):
+    if node.get("refdomain") == "py":
+        for target in (f"{module}.{name}" for module in HOMES):
             if target in domain.objects:
-                return domain.resolve_xref(
-                    env, node["refdoc"], app.builder, node["reftype"], target, node, contnode
-                )
+                return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, contnode)
     return None
 
 

@@ -14,17 +14,13 @@ import json
 import math
 import pathlib
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
@@ -33,12 +29,9 @@ from ssam_experiments import noisy_digits
 from ssam_experiments.noisy_digits import (
     SAM,
     SGD,
-    TRAIN,
     Data,
-    Method,
     Mlp,
     Settings,
-    Trainer,
     accuracy,
     load_data,
     loss_fn,
@@ -46,10 +39,10 @@ from ssam_experiments.noisy_digits import (
     make_trainers,
     train,
 )
-from ssam_experiments.ranges import check_ranges
 from ssam_experiments.report import mean_std
+from ssam_jax import sharpness
 
-TIMING_ROUNDS = 30
+LANCZOS_STEPS = 20  # enough for the largest eigenvalue
 GRID_LR, GRID_DECAY = (0.01, 0.02, 0.05, 0.1), (5e-4, 1e-3, 2e-3, 5e-3)
 GRID_RHO = (0.2, 0.4, 0.6, 0.8)
 
@@ -58,35 +51,25 @@ GRID_RHO = (0.2, 0.4, 0.6, 0.8)
 class Config(noisy_digits.Config):
     """Train a small network on noisy digits with SGD, SAM and sparse SAM; print a table, draw pictures."""
 
-    rho_sharpness: float = 0.4
-    """Radius at which sharpness is measured, the same for every method; the default is that of SAM."""
     out: pathlib.Path = pathlib.Path("outputs/digits")
     """Folder for the pictures, the table and results.json."""
     select: bool = False
     """Choose lr, weight decay and the radii on the validation examples, print the table, and stop."""
 
 
-def sharpness(model: nn.Module, params: Any, x: jax.Array, y: jax.Array, rho: float) -> jax.Array:
-    """Return by how much the loss rises along its gradient at a distance of ``rho``, in nats."""
-    loss, grads = jax.value_and_grad(loss_fn, argnums=1)(model, params, x, y)
-    scale = rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
-    return loss_fn(model, jax.tree.map(lambda p, g: p + scale * g, params, grads), x, y) - loss
+def largest_eigenvalues(model: nn.Module, runs: Any, data: Data) -> list[float]:
+    """Return the largest eigenvalue of the training loss's Hessian at the end of each run."""
 
+    def loss(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return loss_fn(model, params, *batch)
 
-def time_steps(config: Config, trainers: dict[str, Trainer], methods: dict[str, Method]) -> dict[str, float]:
-    """Return the seconds that a step of all seeds at once takes, with its share of the mask's refresh.
+    def measured(run: int) -> float:
+        params = jax.tree.map(lambda leaf: leaf[run], runs)
+        batches = [(data.train_x, data.train_y)]
+        pairs = sharpness.hessian_eigenpairs(loss, params, batches, depth=LANCZOS_STEPS, progress=False)
+        return float(pairs.values[0])
 
-    An epoch is timed at a time, the methods in turn, so that what else the machine does strikes all.
-    """
-    seeds = jnp.arange(config.seeds)
-    times: dict[str, list[float]] = {name: [] for name in trainers}
-    carries = jax.block_until_ready({name: trainer.init(seeds) for name, trainer in trainers.items()})
-    for turn, (name, trainer) in itertools.product(range(TIMING_ROUNDS), trainers.items()):
-        start = time.perf_counter()
-        carry, _ = trainer.epoch(carries[name], methods[name].settings, seeds, turn)
-        carries[name] = jax.block_until_ready(carry)
-        times[name].append((time.perf_counter() - start) / (TRAIN // config.batch))
-    return {name: statistics.median(t) for name, t in times.items()}
+    return [measured(run) for run in range(len(jax.tree.leaves(runs)[0]))]
 
 
 def compare(config: Config, data: Data) -> dict[str, Any]:
@@ -96,70 +79,82 @@ def compare(config: Config, data: Data) -> dict[str, Any]:
 
     @jax.jit
     @jax.vmap
-    def evaluate(params: Any) -> tuple[jax.Array, jax.Array]:
-        rise = sharpness(model, params, data.train_x, data.train_y, config.rho_sharpness)
-        return accuracy(model, params, data.test_x, data.test_y), rise
+    def test_accuracy(params: Any) -> jax.Array:
+        return accuracy(model, params, data.test_x, data.test_y)
 
     results = {}
     with tqdm(total=len(methods) * config.epochs, unit="epoch", disable=None) as bar:
         for name, method in methods.items():
             bar.set_description(name)
             params, opt_state, curves = train(config, trainers[name], method.settings, bar)
-            test, rise = evaluate(params)
             stats = jax.tree.map(lambda x: float(np.mean(x)), trainers[name].stats(opt_state))
             results[name] = {
                 "settings": method.settings._asdict(),
-                "test_accuracy": test.tolist(),
-                "sharpness": rise.tolist(),
+                "test_accuracy": test_accuracy(params).tolist(),
+                "largest_eigenvalue": largest_eigenvalues(model, params, data),
                 "density": stats.density if method.settings.rho else 0.0,
                 "density_by_leaf": stats.by_leaf,
                 **curves,
             }
-    for name, seconds in time_steps(config, trainers, methods).items():
-        results[name]["step_seconds"] = seconds
     return results
 
 
 def table(results: dict[str, Any], config: Config) -> str:
     """Return the results as a Markdown table."""
     lines = [
-        "| method | test accuracy, % | sharpness, nats | perturbed, % | step time / SGD |",
-        "| --- | --- | --- | --- | --- |",
+        "| method | test accuracy, % | largest Hessian eigenvalue | perturbed, % |",
+        "| --- | ---: | ---: | ---: |",
     ]
     for name, r in results.items():
         test, spread = mean_std(r["test_accuracy"])
-        rise, rise_spread = mean_std(r["sharpness"])
-        ratio = r["step_seconds"] / results[SGD]["step_seconds"]
+        top, top_spread = mean_std(r["largest_eigenvalue"])
+        digits = 2 if top < 10 else 1
         lines.append(
-            f"| {name} | {100 * test:.1f} ± {100 * spread:.1f} | {rise:.3f} ± {rise_spread:.3f}"
-            f" | {100 * r['density']:.1f} | {ratio:.2f} |"
+            f"| {name} | {100 * test:.1f} ± {100 * spread:.1f} | {top:.{digits}f} ± {top_spread:.{digits}f}"
+            f" | {100 * r['density']:.1f} |"
         )
     notes = (
         f"Mean ± standard deviation over {config.seeds} seeds, after {config.epochs} epochs with"
-        f" {config.noise:.0%} of the training labels wrong; test labels are clean. Sharpness: rise of the"
-        f" training loss at distance {config.rho_sharpness} along its gradient. Step time: all seeds"
-        " at once, refreshes of the mask included."
+        f" {config.noise:.0%} of the training labels wrong; test labels are clean. The Hessian is that of the"
+        " training loss at the end of training: the smaller its largest eigenvalue, the flatter the minimum."
     )
     return "\n".join(lines) + f"\n\n{notes}\n"
 
 
-def draw_curves(axes: Axes, results: dict[str, Any], colors: dict[str, str]) -> None:
-    """Draw validation accuracy against the epoch, a band of one standard deviation about the mean."""
-    for name, r in results.items():
-        values = 100 * np.array(r["valid_accuracy"])
-        epochs, mean, std = np.arange(1, len(values) + 1), *np.array([mean_std(v) for v in values]).T
-        style, layer = ("-", 2) if name.startswith("SSAM") else ("--", 3)  # coinciding lines both show
-        axes.plot(epochs, mean, style, color=colors[name], label=name, zorder=layer)
-        axes.fill_between(epochs, mean - std, mean + std, color=colors[name], alpha=0.2, linewidth=0)
-    lowest = min(100 * mean_std(r["valid_accuracy"][-1])[0] for r in results.values())
-    axes.set_ylim(bottom=max(0, lowest - 12), top=100)  # the first epochs fall outside
-    axes.set_title("Learning with noisy labels: mean and standard deviation over seeds", fontsize="medium")
-    axes.set(xlabel="epoch", ylabel="accuracy on clean validation labels, %")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+def draw_curves(figure: Figure, results: dict[str, Any], colors: dict[str, str]) -> None:
+    """Draw validation accuracy against the epoch, a panel for each method, with SGD's mean in all of them."""
+    columns = math.ceil(len(results) / 2)
+    grid = figure.subplots(2, columns, sharex=True, sharey=True, squeeze=False)
+    means = {
+        name: np.array([100 * mean_std(v)[0] for v in r["valid_accuracy"]]) for name, r in results.items()
+    }
+    lowest = min(mean[-1] for mean in means.values())
+    for axes, (name, r) in zip(grid.flat, results.items()):
+        spread = np.array([100 * mean_std(v)[1] for v in r["valid_accuracy"]])
+        epochs, mean = np.arange(1, len(spread) + 1), smooth(means[name])
+        axes.plot(epochs, smooth(means[SGD]), ":", color="#666666", linewidth=1.5)
+        axes.plot(epochs, mean, color=colors[name], linewidth=2)
+        axes.fill_between(epochs, mean - spread, mean + spread, color=colors[name], alpha=0.2, linewidth=0)
+        axes.set_title(f"{name}: {means[name][-1]:.1f} %", fontsize="medium")
+        axes.set_ylim(max(0, lowest - 12), 100)  # the first epochs fall outside
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.grid(alpha=0.3)
+    for axes in list(grid.flat)[len(results) :]:
+        axes.set_axis_off()
+        grid[0, -1].tick_params(labelbottom=True)
+    figure.supxlabel("epoch; dotted: SGD", fontsize="medium")
+    figure.supylabel("accuracy on clean validation labels, %", fontsize="medium")
 
 
-def draw_density(axes: Axes, results: dict[str, Any], colors: dict[str, str]) -> None:
+def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
+    """Return the mean over a window of epochs, which is narrower at the ends."""
+    window = np.ones(min(width, len(values)))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def draw_density(figure: Figure, results: dict[str, Any], colors: dict[str, str]) -> None:
     """Draw the share of each parameter tensor that the final mask perturbs, for the masked methods."""
+    axes = figure.subplots()
     masked = {name: r["density_by_leaf"] for name, r in results.items() if r["density_by_leaf"]}
     leaves, width = list(next(iter(masked.values()))), 0.8 / len(masked)
     for i, (name, density) in enumerate(masked.items()):
@@ -168,17 +163,16 @@ def draw_density(axes: Axes, results: dict[str, Any], colors: dict[str, str]) ->
     axes.set_xticks(range(len(leaves)), [leaf.removeprefix("params/").replace("/", "\n") for leaf in leaves])
     axes.set_title("Where the final masks perturb: mean over seeds", fontsize="medium")
     axes.set(xlabel="parameter tensor", ylabel="perturbed parameters, %", ylim=(0, 105))
-
-
-def save(draw: Callable[..., None], path: pathlib.Path, *args: Any) -> None:
-    """Save what ``draw`` draws, with its legend below."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    draw(axes, *args)
     axes.set_axisbelow(True)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
+
+
+def save(draw: Callable[..., None], path: pathlib.Path, *args: Any) -> None:
+    """Save what ``draw`` draws."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    draw(figure, *args)
+    figure.savefig(path, dpi=120)
 
 
 def select(config: Config, data: Data) -> str:
@@ -209,19 +203,13 @@ def select(config: Config, data: Data) -> str:
     return "\n".join(lines)
 
 
-def check(config: Config) -> None:
-    """Raise ValueError, naming the setting, unless all are in range."""
-    noisy_digits.check(config)
-    check_ranges(config, {"finite and above 0": (lambda v: 0 < v < math.inf, ("rho_sharpness",))})
-
-
 def main(config: Config) -> None:
     """Compare the methods and write what was found, or choose settings.
 
     Raises:
       ValueError: a setting is out of range.
     """
-    check(config)
+    noisy_digits.check(config)
     data = load_data(config.noise)
     if config.select:
         print(select(config, data))

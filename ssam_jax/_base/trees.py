@@ -57,7 +57,7 @@ def check_not_partial(tree: PyTree) -> None:
             "ssam sees only a part of the parameters here, as inside optax.masked or"
             " optax.multi_transform, and grad_fn needs all of them. Put ssam outside, first in the"
             " chain, and choose the leaves to perturb with"
-            " ssam(..., mask=ssam_jax.fixed_mask(predicate)) instead."
+            " ssam(..., mask=ssam_jax.fixed_mask(predicate)) instead: see docs/guides/groups.md."
         )
 
 

@@ -145,6 +145,7 @@ def base_momentum() -> optax.GradientTransformationExtraArgs:
             raise TypeError(
                 "directions.base_momentum() reads the state of a base optimizer, which ssam does not hold:"
                 " use carried(optimizer, rho, direction=...) or alternating(...), or optax.trace(decay) here."
+                " See docs/guides/carried.md."
             )
         return _momentum(extra["base_state"], grads), state
 

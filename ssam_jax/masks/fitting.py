@@ -9,7 +9,7 @@ from ssam_jax.typing import Mask, Params
 
 OTHER_STATE = (
     "The state is of another rule, of other options or of other parameters: make it anew with"
-    " tx.init(params); set_mask can put an old mask into it."
+    " tx.init(params); set_mask can put an old mask into it. See docs/guides/checkpoints.md."
 )
 """What to say about a state that does not fit."""
 

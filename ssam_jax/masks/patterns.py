@@ -117,7 +117,7 @@ class Unstructured(UnitPattern):
 
     Attributes:
       sparsity: the share of entries that are NOT perturbed, 0 to 1.
-      scope: ``"global"`` ranks the whole tree at once, as the paper does (arXiv 2306.17504);
+      scope: ``"global"`` ranks the complete tree at once, as the paper does (arXiv 2306.17504);
         ``"leaf"`` gives every leaf the same density.
 
     >>> import jax.numpy as jnp
@@ -151,14 +151,14 @@ class Unstructured(UnitPattern):
 
 @dataclasses.dataclass(frozen=True)
 class Structured(UnitPattern):
-    """Keep whole units, best mean score first, until the kept entries reach the target density.
+    """Keep complete units, best mean score first, until the kept entries reach the target density.
 
     All leaves compete. The unit with which ``round((1 - sparsity) * size)`` kept entries are reached
     is kept too, so the density is never below ``1 - sparsity``.
 
     Attributes:
       sparsity: the share of entries that are NOT perturbed, 0 to 1.
-      unit: ``"tensor"``: a whole leaf, its mask a scalar. ``"channel"``: a slice at one index of
+      unit: ``"tensor"``: a complete leaf, its mask a scalar. ``"channel"``: a slice at one index of
         ``axis``, its mask one value for each index, of shape (1, .., size, .., 1). ``"block"``: a
         tile, its mask as large as the leaf.
       axis: the axis (channel), or the axis or axes (block), that index the units. A leaf without
@@ -250,7 +250,7 @@ class Structured(UnitPattern):
 class NM(CompiledPattern):
     """Keep exactly the ``n`` largest of every ``m`` consecutive entries along an axis.
 
-    Leaves of rank below 2 (biases, norm scales) are perturbed whole: their mask is a scalar True.
+    Leaves of rank below 2 (biases, norm scales) are perturbed completely: their mask is a scalar True.
 
     Attributes:
       n: entries kept in each group, 0 to ``m``.
@@ -293,7 +293,7 @@ class NM(CompiledPattern):
         return jax.tree.unflatten(treedef, found)
 
     def _groups(self, shape: tuple[int, ...]) -> bool:
-        """Return whether a leaf is grouped, and not perturbed whole."""
+        """Return whether a leaf is grouped, and not perturbed completely."""
         if len(shape) < 2:
             return False
         if not -len(shape) <= self.axis < len(shape):

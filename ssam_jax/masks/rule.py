@@ -16,13 +16,13 @@ from ssam_jax.masks.patterns import Pattern
 from ssam_jax.typing import Gradients, Mask, Params, PyTree
 
 Init: TypeAlias = Callable[[Params], PyTree]
-"""The first function of a `MaskRule`: parameters to memory."""
+"""The first function of a `MaskRule`, which takes parameters and returns the memory."""
 
 Observe: TypeAlias = Callable[..., PyTree]
-"""The second: memory, parameters, both gradients, the step and extra arguments to memory."""
+"""The second, which takes memory, parameters, both gradients, step and extra arguments; it returns memory."""
 
 Select: TypeAlias = Callable[[PyTree, Mask | None, Params, jax.Array, jax.Array], Mask]
-"""The third: memory, mask, parameters, key and step to the next mask."""
+"""The third, which takes memory, mask, parameters, key and step, and returns the next mask."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ try:
     from mpl_toolkits.mplot3d import Axes3D as Axes3D
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "ssam_jax.plotting needs matplotlib: pip install 'ssam_jax[plots]'.", name=error.name
+        "ssam_jax.plotting needs matplotlib: pip install '.[plots]' in a clone of ssam_jax.", name=error.name
     ) from None
 
 COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")

@@ -24,7 +24,8 @@ try:
     from matfree import decomp, stochtrace
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "ssam_jax.sharpness needs matfree: pip install 'ssam_jax[sharpness]'.", name=error.name
+        "ssam_jax.sharpness needs matfree: pip install '.[sharpness]' in a clone of ssam_jax.",
+        name=error.name,
     ) from None
 
 NOISE = 100

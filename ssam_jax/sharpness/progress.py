@@ -10,7 +10,7 @@ try:
     from tqdm.auto import tqdm
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "ssam_jax.sharpness needs tqdm: pip install 'ssam_jax[sharpness]'.", name=error.name
+        "ssam_jax.sharpness needs tqdm: pip install '.[sharpness]' in a clone of ssam_jax.", name=error.name
     ) from None
 
 _bars: list[Any] = []

@@ -51,7 +51,7 @@ class FirstRow:
 
 
 Active: TypeAlias = tuple[bool | FirstRow, ...]
-"""For each leaf, in flattening order: all of it, none of it, or its rows from one on."""
+"""A value for each leaf, in flattening order, which is all of it, none of it, or its rows from one on."""
 
 
 def active_leaves(opt_state: PyTree) -> Active:
@@ -76,7 +76,7 @@ def active_leaves(opt_state: PyTree) -> Active:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise ValueError(
             "active_leaves reads the mask's values, which are not known under jit. Call it between"
-            " steps and pass the tuple on as a static argument."
+            " steps and pass the tuple on as a static argument: see docs/two_pass.md."
         )
     found = [(_by_row(jnp.any, leaf), _by_row(jnp.all, leaf)) for leaf in leaves]
     rows = jax.device_get(jax.tree.map(shardings.readable, found))

@@ -28,7 +28,7 @@ def test_the_tables_of_the_page_are_those_that_the_files_of_results_render_to(tm
 def test_every_place_of_the_page_is_there_once_and_belongs_to_a_benchmark():
     names = render.names(render.PAGE.read_text())
     assert len(set(names)) == len(names)
-    assert {name.split(".")[0] for name in names} == {*suite.BENCHMARKS, "runs", "gpu"}
+    assert {name.split(".")[0] for name in names} == {*suite.BENCHMARKS, "runs", "verdict", "gpu"}
 
 
 def test_blocks_without_results_and_the_text_around_them_stay():

@@ -15,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
 from tiny import assert_close
 
 import ssam_jax
@@ -54,6 +55,22 @@ def test_the_digits_are_trained_on_and_drawn(tmp_path):
     rows = re.findall(r"^\| (\S.*?) \| [\d.]+ \| ([\d.]+) \|$", printed, flags=re.M)
     assert rows == [("SGD", "0.0"), ("SAM", "100.0"), ("SSAM Fisher 50%", "50.0")]
     assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in printed
+
+
+def test_a_mask_keeps_a_part_of_a_perturbation(tmp_path):
+    example = runpy.run_path(str(EXAMPLES["perturbations"]))
+    found = {(d, m): example["steps"](up, mask) for d, up in example["DIRECTIONS"].items()
+             for m, mask in example["MASKS"].items()}  # fmt: skip
+    w = np.array(example["PATH"][-1], np.float32)
+    for (_, mask), step in found.items():
+        shift = example["vector"](step["perturbed"]) - w
+        length = np.linalg.norm(shift)
+        if mask == "only x":
+            assert shift[1] == 0 and 0 < length < example["RHO"]
+        else:
+            assert length == pytest.approx(example["RHO"], rel=1e-5)
+    example["draw"](figure := Figure(figsize=(2, 2)), found, stage=4)
+    figure.savefig(tmp_path / "perturbations.png", dpi=40)
 
 
 def test_each_device_perturbs_by_its_part_of_the_batch():

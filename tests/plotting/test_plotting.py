@@ -285,5 +285,5 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(message):
 def test_a_missing_matplotlib_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     monkeypatch.delitem(sys.modules, "ssam_jax.plotting.drawing")
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ssam_jax\[plots\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[plots\]' in a clone"):
         importlib.import_module("ssam_jax.plotting.drawing")

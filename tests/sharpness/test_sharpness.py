@@ -449,7 +449,7 @@ def test_a_missing_package_is_named_with_the_extra(package):
     code = f"import sys; sys.modules[{package!r}] = None; import ssam_jax.sharpness"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert f"needs {package}: pip install 'ssam_jax[sharpness]'" in result.stderr
+    assert f"needs {package}: pip install '.[sharpness]' in a clone" in result.stderr
 
 
 def test_masks_of_a_state_are_taken_as_they_are():

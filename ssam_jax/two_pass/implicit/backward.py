@@ -256,6 +256,6 @@ def _complain(eqn: Equation, problem: str, strict: bool) -> None:
     if strict:
         raise ValueError(
             f"{message} Set the mask of the parameter to True, or pass strict=False to leave such products"
-            " exact."
+            " exact. See docs/two_pass.md."
         )
     warnings.warn(f"{message} This product stays exact.", stacklevel=2)

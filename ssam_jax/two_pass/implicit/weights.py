@@ -320,7 +320,7 @@ def _spread(eqn: tracing.Equation, facts: Facts) -> list[Fact]:
     """Return the facts there are, noting which operands the equation broadcasts.
 
     A vector, of at most one dimension larger than 1, becomes a ``bias`` then; also where it goes into
-    something opaque, as the scale does of a normalisation with a derivative rule of its own.
+    something opaque, as the scale does of a normalization with a derivative rule of its own.
     """
     size = math.prod(tracing.shape(eqn.outvars[0]))
     broadcasts = primitives.has(eqn, Trait.ELEMENTWISE) or eqn.primitive.name == "broadcast_in_dim"

@@ -84,8 +84,14 @@ def _prepare(config: Config, workers: int) -> Prepared:
         classes=feed.classes,
         stem="imagenet" if config.dataset == "imagenet" else "cifar",
         dtype=jnp.dtype(config.precision),
+        width=config.width,
     )
     return Prepared(feed, make_programs(config, model, feed))
+
+
+def forget() -> None:
+    """Let go of what `prepare` keeps for like runs: data and compiled functions."""
+    _prepare.cache_clear()
 
 
 @functools.cache

@@ -171,8 +171,10 @@ class Config:
     """Folder for metrics.jsonl, checkpoints and pictures; each run needs its own."""
     evaluate_every: int = 1
     """Epochs between two evaluations; the last epoch always has one."""
+    checkpoint_epochs: int = 1
+    """Epochs between two checkpoints; the last epoch always has one."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints, in addition to those at the end of each epoch."""
+    """Steps between two checkpoints, in addition to those at the end of epochs."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too (needs tensorboardX)."""
     wandb: bool = False
@@ -217,7 +219,7 @@ def check(config: Config) -> None:
     """Raise ValueError, naming the setting, unless all are in range and go together."""
     at_least_1 = (
         "epochs", "batch", "n", "m", "refresh_epochs", "fisher_samples", "ascent_every", "ascent_steps",
-        "devices", "processes", "heartbeat",
+        "checkpoint_epochs", "devices", "processes", "heartbeat",
     )  # fmt: skip
     rules: dict[str, Rule] = {
         "at least 1": (

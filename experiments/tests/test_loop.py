@@ -101,6 +101,12 @@ def test_a_carried_run_is_measured_at_the_parameters_it_does_not_hold(tmp_path):
     assert_same(*(programs.rise(s, *examples, np.float32(0.1)) for s in (state, elsewhere)))
 
 
+def test_checkpoints_are_as_many_epochs_apart_as_asked_and_the_last_epoch_has_one():
+    config = dataclasses.replace(SMALL, epochs=7, checkpoint_epochs=3)
+    assert [epoch for epoch in range(7) if loop.saves(config, epoch)] == [2, 5, 6]
+    assert all(loop.saves(SMALL, epoch) for epoch in range(2))
+
+
 def test_steps_ascend_by_chance_as_often_as_asked_and_the_same_in_a_resumed_run():
     config = dataclasses.replace(SMALL, method="sam", ascent_chance=0.25)
     drawn = [loop.ascends(config, 0, step) for step in range(400)]

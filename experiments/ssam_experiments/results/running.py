@@ -27,6 +27,7 @@ def settings(study: Study, task: Task, rho: float, seed: int) -> Config:
         data=study.data,
         augment=False,
         evaluate_every=common["epochs"],
+        checkpoint_epochs=common["epochs"],  # a run is as soon made again as its checkpoints are written
         rho=rho,
         seed=seed,
         out=study.out / "runs" / slug / f"rho-{rho:g}-seed-{seed}",

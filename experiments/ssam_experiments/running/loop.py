@@ -117,7 +117,8 @@ def train(config: Config) -> tuple[Any, list[dict[str, Any]]]:
                 tracker.write(row)
                 if bar.disable and first:
                     print(describe(config, row), flush=True)
-                save(at)
+                if saves(config, epoch):
+                    save(at)
     return at.state, tracker.rows
 
 
@@ -213,6 +214,11 @@ def evaluate(config: Config, feed: Feed, programs: Programs, state: Any) -> dict
             totals = jax.tree.map(jnp.add, totals, programs.evaluate(state, *batch))
         found[f"{split}_loss"], found[f"{split}_accuracy"] = _means(totals)
     return found
+
+
+def saves(config: Config, epoch: int) -> bool:
+    """Return whether a checkpoint is written at the end of an epoch, counted from 0."""
+    return (epoch + 1) % config.checkpoint_epochs == 0 or epoch + 1 == config.epochs
 
 
 def ascends(config: Config, epoch: int, step: int) -> bool:

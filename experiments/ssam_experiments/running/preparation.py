@@ -27,6 +27,7 @@ IRRELEVANT: dict[str, Any] = {  # settings that do not change the course of a ru
     "out": pathlib.Path(),
     "preset": "none",
     "workers": 1,
+    "checkpoint_epochs": 1,
     "checkpoint_every": None,
     "evaluate_every": 1,
     "tensorboard": False,

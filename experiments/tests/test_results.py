@@ -9,6 +9,7 @@ import pytest
 from ssam_experiments.config import Config, check
 from ssam_experiments.results import __main__ as command
 from ssam_experiments.results import page, pictures, plan, running, tables, timing
+from ssam_experiments.results.claims import claims
 from ssam_experiments.results.rows import CHEAP, RESNET18_ROWS, VIT_ROWS, Row, make_rows
 from ssam_experiments.results.spellings import SPELLINGS, spelling
 from ssam_experiments.results.study import DOCS, SETTINGS, Study, shared
@@ -147,6 +148,18 @@ def test_every_table_can_be_made_of_what_has_run(name, tmp_path):
     study, known, times = two_rows(tmp_path)
     for some in (known, known[:3], []):
         assert tables.TABLES[name](study, some, times if some else {})
+
+
+def test_a_claim_is_held_within_a_standard_deviation_of_sam():
+    rows = {task.name: task for task in plan.main_tasks(STUDY)}
+    known = [ran(rows["SGD"], 1.0, seed, test=0.3) for seed in range(3)]
+    for name, task in rows.items():
+        if "SAM" in name:
+            tests = (0.38, 0.4, 0.42) if name == "SAM" else (0.35,) if name == "SSAM-D 95%" else (0.39,)
+            known += [ran(task, task.row.radii[0], seed, test=test) for seed, test in enumerate(tests)]
+    text = claims(STUDY, known, {})
+    assert "held: SSAM-F 50% 39.0, SSAM-D 50% 39.0; SAM 40.0 ± 2.0" in text
+    assert "not by SSAM-D 95%: SSAM-F 80% 39.0" in text and "not held by every row: sharpness 0.10" in text
 
 
 def test_a_budget_takes_the_row_that_is_best_on_validation_examples(tmp_path):

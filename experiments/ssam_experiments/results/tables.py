@@ -5,6 +5,8 @@ from typing import Any
 
 from ssam_experiments import report
 from ssam_experiments.results import plan
+from ssam_experiments.results.claims import claims
+from ssam_experiments.results.formatting import accuracy, cell, markdown, rho
 from ssam_experiments.results.rows import LAYERWISE, SAM, SGD
 from ssam_experiments.results.spellings import spelling
 from ssam_experiments.results.study import Study
@@ -17,37 +19,6 @@ TITLES = {
     "3 epochs": "ResNet-6, 3 epochs, 30 % wrong labels",
     "single epoch": "ResNet-6, 1 epoch of 45,000 images, clean labels",
 }
-
-
-def markdown(titles: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """Return a Markdown table, the columns but the first ``left`` aligned to the right."""
-    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * left}{' ---: |' * (len(titles) - left)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def accuracy(found: Found, seeds: int) -> str:
-    """Return the test accuracy of a task and its number of seeds, with what it lacks."""
-    values = accuracies(found)
-    if not found.runs:
-        return "not run yet"
-    text = report.spread(values, 1) if values else "all diverged"
-    if lost := len(found.runs) - len(values):
-        text += f", {lost} diverged" if values else ""
-    text += f" ({len(found.runs)})"
-    lacks = [] if found.tuned else ["rho is not tuned to the end"]
-    if len(found.runs) < seeds:
-        lacks.append(f"{seeds - len(found.runs)} of {seeds} seeds missing")
-    return f"{text}; {', '.join(lacks)}" if lacks else text
-
-
-def rho(found: Found) -> str:
-    """Return the radius of a task."""
-    return "" if found.rho is None else f"{found.rho:g}"
-
-
-def cell(value: float | None, digits: int = 2) -> str:
-    """Return a number, or nothing."""
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 def methods(study: Study, known: Known, times: dict[str, Any]) -> str:
@@ -228,5 +199,6 @@ def _title(task: Task) -> str:
 TABLES = {
     "methods": methods, "equal-time": equal_time, "vit": vit, "when-not": when_not, "widths": widths,
     "budgets": budgets, "aims": aims, "missing": missing,
+    "claims": claims,
 }  # fmt: skip
 """By the name that a page calls them."""

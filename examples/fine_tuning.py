@@ -4,9 +4,9 @@ The network learns to read digits. Then its weights are frozen, and adapters (Lo
 each layer, learn digits turned by a quarter, with wrong labels among them. A mask of the adapters with
 ``normalize="masked"`` is SAM on what is trained, and two-pass gradients compute no others.
 
-What it shows: plain fine-tuning memorizes the wrong labels, and forgets the upright digits for it. SAM does
-less of both. Where there is nothing to memorize, with ``--noise 0``, or too little rank and too few steps to
-do it, with ``--rank 4 --steps 400``, SAM gains nothing.
+What it shows: plain fine-tuning memorizes the wrong labels, and forgets more of the upright digits for it: it
+ends at 65 % of the turned and 32 % of the upright digits, SAM at 94 % and 49 %. With ``--noise 0`` SAM gains
+a point and forgets as much; where adapters cannot memorize (``--rank 4 --lr 0.01 --steps 800``), nothing.
 """
 
 import dataclasses

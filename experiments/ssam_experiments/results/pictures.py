@@ -19,6 +19,7 @@ NAMED = 8  # points with a name, at most
 FAVORITES = (SGD, SAM, "carried, norm layers", "every 5th, eighth batch", "SSAM-F 50%", "MSAM", "norm layers")
 GREY = "#BBBBBB"
 LARGE = 12
+WIDTH = 1.5  # of a name on the axis of costs, a factor
 
 
 def _point(study: Study, name: str, found: Found, times: dict[str, Any]) -> tuple[float, float, float]:
@@ -48,13 +49,14 @@ def pareto(study: Study, known: Known, times: dict[str, Any]) -> Figure:
         x, y, error = points[name]
         color = COLORS[5] if name in front else COLORS[2]
         axes.errorbar(x, y, yerr=error, fmt="o", color=color, ecolor=GREY, capsize=2, markersize=7)
-    _names(axes, {name: points[name][:2] for name in shown})
     axes.set_xscale("log")
+    axes.set_xlim(right=axes.get_xlim()[1] * WIDTH)  # room for names
     axes.xaxis.set_major_locator(FixedLocator([1, 1.1, 1.25, 1.5, 2, 3]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     _finish(axes, "time of a step / SGD's" if _all_timed(points, times) else "cost of a step / SGD's")
     axes.set_ylabel("test accuracy, %", fontsize=LARGE)
+    _names(axes, {name: points[name][:2] for name in shown})
     return figure
 
 
@@ -63,15 +65,19 @@ def _all_timed(points: dict[str, Any], times: dict[str, Any]) -> bool:
 
 
 def _names(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Write the names at the right of the points, spread out where they would lie on one another."""
+    """Write a name at the right of each point, as near as there is neither another name nor a point."""
     low, high = axes.get_ylim()
-    gap, last = (high - low) / 24, float("-inf")
+    gap = (high - low) / 22
+    taken: list[tuple[float, float]] = []  # where names begin
     for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
-        last = max(y, last + gap)
+        others = [point for other, point in points.items() if other != name and x < point[0] < x * WIDTH]
+        near = [at for start, at in taken if 1 / WIDTH < start / x < WIDTH] + [at for _, at in others]
+        shifts = sorted((k * gap / 2 for k in range(-24, 25)), key=abs)
+        at = next((y + s for s in shifts if all(abs(y + s - other) >= 0.9 * gap for other in near)), y)
+        taken.append((x, at))
         axes.annotate(
-            name, (x, y), xytext=(1.02, (last - low) / (high - low)), textcoords="axes fraction",
-            fontsize=LARGE - 1, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7},
+            name, (x, y), xytext=(x * 1.03, at), fontsize=LARGE - 1, va="center",
+            arrowprops=None if at == y else {"arrowstyle": "-", "color": GREY, "linewidth": 0.7},
         )  # fmt: skip
 
 
@@ -134,6 +140,7 @@ def radii(study: Study, known: Known, times: dict[str, Any]) -> Figure:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_title(f"{family} ({len(rows)})", fontsize=LARGE)
         _finish(axes, "")
+    panels[0].set_ylim(-8, 0.5)
     for axes in panels[len(families) :]:
         axes.axis("off")
     figure.supxlabel("rho / the best rho of the row", fontsize=LARGE)

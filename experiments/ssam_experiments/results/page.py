@@ -9,9 +9,6 @@ import pathlib
 import re
 import shutil
 
-import jax
-import numpy as np
-
 from ssam_experiments.results import pictures, plan, tables, timing
 from ssam_experiments.results.study import Study
 from ssam_experiments.results.tuning import accuracies, look
@@ -47,8 +44,7 @@ def digest(study: Study) -> dict:
                 "test_accuracy": accuracies(found),
                 "missing": found.missing,
             }
-    versions = {package.__name__: package.__version__ for package in (jax, np)}
-    return {"versions": versions, "device": str(jax.devices()[0]), "rows": rows}
+    return rows
 
 
 def write(study: Study) -> None:

@@ -13,6 +13,14 @@ from ssam_experiments.results.study import Study
 from ssam_experiments.results.tuning import Found, Known, Task, accuracies, look, mean
 
 BUDGETS = (1.01, 1.03, 1.05, 1.1, 1.3, 1.5, 2.1)
+STAGES = {
+    "rows": "Rows, tuned, with 3 seeds",
+    "seeds": "Rows with 5 seeds",
+    "when-not": "Where SAM does not help",
+    "equal-time": "At equal time",
+    "vit": "The small ViT",
+    "widths": "Widths",
+}
 TITLES = {
     "resnet6": "ResNet-6, 15 epochs, 30 % wrong labels",
     "clean labels": "ResNet-6, 15 epochs, clean labels",
@@ -82,7 +90,7 @@ def when_not(study: Study, known: Known, times: dict[str, Any]) -> str:
     for setting in plan.WHEN_NOT:
         pair = {task.name: (task, look(study, task, known)) for task in tasks if task.setting == setting}
         (plain, a), (sam, b) = pair[SGD], pair[SAM]
-        gain = "" if mean(a) is None or mean(b) is None else f"{mean(b) - mean(a):+.1f}"
+        gain = "" if mean(a) is None or mean(b) is None else f"{round(mean(b) - mean(a), 1) + 0.0:+.1f}"
         rows.append([TITLES[setting], accuracy(a, plain.seeds), accuracy(b, sam.seeds), rho(b), gain])
     return markdown(["", "SGD, % (seeds)", "SAM, % (seeds)", "rho", "gain"], rows)
 
@@ -171,12 +179,12 @@ def aims(study: Study, known: Known, times: dict[str, Any]) -> str:
 def missing(study: Study, known: Known, times: dict[str, Any]) -> str:
     """Return, stage by stage, how much has run and which rows lack runs."""
     lines = []
-    for stage in ("rows", "seeds", "when-not", "equal-time", "vit", "widths"):
+    for stage, title in STAGES.items():
         tasks = plan.tasks(study, stage, known, times)
         lacking = [look(study, task, known).missing for task in tasks]
         names = [_title(task) for task, runs in zip(tasks, lacking) if runs]
         done, count = len(tasks) - len(names), sum(lacking)
-        line = f"- {stage}: {done} of {len(tasks)} complete"
+        line = f"- {title}: {done} of {len(tasks)} complete"
         lines.append(f"{line}; about {count} runs missing: {'; '.join(names)}." if names else f"{line}.")
     untimed = [task.name for task in plan.main_tasks(study) if plan.measured(task.name, times) is None]
     if untimed:

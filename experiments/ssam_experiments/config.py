@@ -20,6 +20,9 @@ Preset = Literal[
     "paper-imagenet-resnet50",
 ]  # fmt: skip
 Criterion = Literal["gradient", "weight", "random"]
+Direction = Literal[
+    "gradient", "momentum", "against-momentum", "ema", "friendly", "zscore", "sign", "noise", "layerwise",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Config:
 
     model: Model = "resnet8"
     """The network. mlp, resnet6 (for CIFAR on a CPU), resnet8 and vit-tiny are small."""
+    width: int | None = None
+    """Width of the network in place of its own: channels of the first stage, or those of a token."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What activations are computed in. Parameters, statistics and the loss are float32."""
 
@@ -83,8 +88,26 @@ class Config:
     sparse training; ssam-fixed: the parameters that --perturb names."""
     rho: float = 0.1
     """Radius of the perturbation (every method but plain)."""
+    carrier: Literal["ssam", "carried"] = "ssam"
+    """ssam: two gradients on every step that perturbs. carried: one; the network trains at the perturbed
+    parameters, along the gradient of the step before, and is evaluated at the others."""
+    tail_epochs: int = 0
+    """With --carrier carried: the last epochs, which step as ssam does, with two gradients."""
     adaptive: bool = False
     """Scale the perturbation by the parameters' magnitude (ASAM)."""
+    direction: Direction = "gradient"
+    """Which way is up. momentum and against-momentum (MSAM) read that of the base optimizer, for --carrier
+    carried; ema is VaSSO's, friendly F-SAM's, zscore ZSharp's; layerwise gives each tensor a length of the
+    square root of its outputs by its inputs (muP²), and a radius that grows with the network's width."""
+    direction_decay: float = 0.95
+    """Weight of the past in the directions ema and friendly."""
+    combine: Literal["perturbed", "weighted", "gsam", "looksam"] = "perturbed"
+    """What a step returns, given both gradients: the perturbed one, a weighted sum (WSAM), GSAM's, or that of
+    LookSAM, which reuses an ascent on the steps that follow it."""
+    combine_weight: float = 0.7
+    """gamma of weighted, alpha of gsam and looksam."""
+    ascent_steps: int = 1
+    """Gradient steps to the perturbed point, each of length --rho."""
     normalize: Literal["global", "masked"] = "global"
     """Normalize the perturbation before it is masked, as the paper, or after. After, with a mask of
     whole tensors, the first pass computes only the gradient of the perturbed tensors."""
@@ -120,6 +143,11 @@ class Config:
     """Perturb on every k-th step only; the others are steps of the base optimizer, at its price."""
     ascent_from: int = 0
     """Perturb from this epoch on, counted from 0."""
+    ascent_chance: float = 1.0
+    """Perturb on each of these steps with this probability (SS-SAM)."""
+    ascent_gate: bool = False
+    """Of these steps, perturb where the gradient is large (AE-SAM). Both gradients are computed on each of
+    them all the same: under a conditional, convolutions on a CPU would be slower than that."""
     ascent_fraction: float = 1.0
     """Share of the batch whose gradient gives the perturbation, and of which loss, accuracy and batch
     statistics are."""
@@ -145,8 +173,10 @@ class Config:
     """Folder for metrics.jsonl, checkpoints and pictures; each run needs its own."""
     evaluate_every: int = 1
     """Epochs between two evaluations; the last epoch always has one."""
+    checkpoint_epochs: int = 1
+    """Epochs between two checkpoints; the last epoch always has one."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints, in addition to those at the end of each epoch."""
+    """Steps between two checkpoints, in addition to those at the end of epochs."""
     resume_from: int | None = None
     """Step of the checkpoint to resume from, for once, where the last one is damaged. Later ones are renamed
     to <step>.aside."""
@@ -193,27 +223,76 @@ learning rate on ImageNet is the usual one for this batch size."""
 def check(config: Config) -> None:
     """Raise ValueError, naming the setting, unless all are in range and go together."""
     at_least_1 = (
-        "epochs", "batch", "n", "m", "refresh_epochs", "fisher_samples", "ascent_every", "devices",
-        "processes", "heartbeat",
+        "epochs", "batch", "n", "m", "refresh_epochs", "fisher_samples", "ascent_every", "ascent_steps",
+        "checkpoint_epochs", "devices", "processes", "heartbeat",
     )  # fmt: skip
     rules: dict[str, Rule] = {
         "at least 1": (
             lambda v: v is None or v >= 1,
-            (*at_least_1, "evaluate_every", "checkpoint_every", "resume_from"),
+            (*at_least_1, "evaluate_every", "checkpoint_every", "resume_from", "width"),
         ),
         "at least 0": (lambda v: v >= 0, ("validation", "workers", "process_id")),
         "from 0 to below 2**31": (lambda v: 0 <= v < 2**31, ("seed",)),
         "finite and above 0": (lambda v: 0 < v < math.inf, ("lr", "rho", "decay")),
-        "finite and at least 0": (lambda v: 0 <= v < math.inf, ("weight_decay", "warmup")),
-        "from 0 to below 1": (lambda v: 0 <= v < 1, ("label_noise", "momentum")),
+        "finite and at least 0": (lambda v: 0 <= v < math.inf, ("weight_decay", "warmup", "combine_weight")),
+        "from 0 to below 1": (lambda v: 0 <= v < 1, ("label_noise", "momentum", "direction_decay")),
         "from 0 to 1": (lambda v: 0 <= v <= 1, ("sparsity", "drop_fraction")),
-        "above 0 and at most 1": (lambda v: 0 < v <= 1, ("ascent_fraction",)),
-        f"from 0 to the {config.epochs} epochs": (lambda v: 0 <= v <= config.epochs, ("ascent_from",)),
+        "above 0 and at most 1": (lambda v: 0 < v <= 1, ("ascent_fraction", "ascent_chance")),
+        f"from 0 to the {config.epochs} epochs": (
+            lambda v: 0 <= v <= config.epochs,
+            ("ascent_from", "tail_epochs"),
+        ),
     }
     check_ranges(config, rules, lambda name: f"--{name.replace('_', '-')}")
-    for wrong, sentence in _conflicts(config):
+    for wrong, sentence in [*_factor_conflicts(config), *_conflicts(config)]:
         if wrong:
             raise ValueError(sentence)
+
+
+def _factor_conflicts(c: Config) -> list[tuple[bool, str]]:
+    """Return pairs, as `_conflicts`, of the direction, the combine and the carrier."""
+    plain, carried = c.method == "plain", c.carrier == "carried"
+    momentum = c.direction in ("momentum", "against-momentum")
+    own = {
+        "--carrier": carried,
+        "--direction": c.direction != "gradient",
+        "--combine": c.combine != "perturbed",
+    }
+    named = [flag for flag, given in own.items() if given]
+    fixed = c.ascent_from or c.ascent_every > 1 or c.ascent_chance < 1 or c.ascent_gate
+    return [
+        (plain and bool(named), f"{', '.join(named)} needs a perturbation, but --method plain has none."),
+        (
+            momentum and (not carried or c.tail_epochs > 0),
+            f"--direction {c.direction} reads the base optimizer: take --carrier carried, without"
+            " --tail-epochs.",
+        ),
+        (
+            momentum and c.optimizer == "sgd" and c.momentum == 0,
+            f"--direction {c.direction} needs --momentum above 0.",
+        ),
+        (not carried and c.tail_epochs > 0, "--tail-epochs is for --carrier carried."),
+        (
+            carried and (c.combine != "perturbed" or c.ascent_steps > 1 or c.form == "implicit"),
+            "--carrier carried has one gradient a step: leave out --combine, --ascent-steps and --form.",
+        ),
+        (
+            carried and bool(fixed),
+            "--carrier carried perturbs all the time: leave out --ascent-from, -every, -chance and -gate.",
+        ),
+        (
+            c.combine == "looksam" and c.ascent_gate,
+            "--combine looksam must know which steps perturb: leave out --ascent-gate.",
+        ),
+        (
+            c.direction == "layerwise" and c.ascent_gate,
+            "--direction layerwise has a radius of its own: leave out --ascent-gate.",
+        ),
+        (
+            c.combine != "perturbed" and (c.active or c.form == "implicit"),
+            f"--combine {c.combine} needs the complete gradient: leave out --normalize masked and --form.",
+        ),
+    ]
 
 
 def _conflicts(c: Config) -> list[tuple[bool, str]]:

@@ -315,7 +315,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 @functools.cache
-def make_model(name: str, *, classes: int, stem: Stem, dtype: Any = jnp.float32) -> nn.Module:
+def make_model(
+    name: str, *, classes: int, stem: Stem, dtype: Any = jnp.float32, width: int | None = None
+) -> nn.Module:
     """Return a model, whose ``apply(variables, images, train=...)`` returns float32 logits.
 
     The same arguments get the same object, so that what is compiled for one run serves others.
@@ -325,6 +327,7 @@ def make_model(name: str, *, classes: int, stem: Stem, dtype: Any = jnp.float32)
       classes: logits for each image.
       stem: first layers for small images, or for those of ImageNet; the same in VGG and MLP.
       dtype: to compute in; parameters, BatchNorm statistics and logits are float32 in any case.
+      width: in place of the model's own; a stem as wide as the first stage stays so.
 
     Returns:
       A module whose ``__call__(images, *, train)`` takes floating-point images (batch, height, width,
@@ -333,11 +336,18 @@ def make_model(name: str, *, classes: int, stem: Stem, dtype: Any = jnp.float32)
       (VGG), or whose height or width is no multiple of that of a patch (ViT): 4, or 16 for ImageNet.
 
     Raises:
-      ValueError: ``name`` or ``stem`` is unknown, or ``classes`` is below 1.
+      ValueError: ``name`` or ``stem`` is unknown, ``classes`` is below 1, or the model has no single width.
     """
     for argument, value, allowed in (("name", name, MODELS), ("stem", stem, get_args(Stem))):
         if value not in allowed:
             raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}.")
     if classes < 1:
         raise ValueError(f"classes must be at least 1, got {classes}.")
-    return MODELS[name](classes=classes, kind=stem, dtype=dtype)
+    model = MODELS[name](classes=classes, kind=stem, dtype=dtype)
+    if width is None:
+        return model
+    own = getattr(model, "width", None)
+    if own is None:
+        raise ValueError(f"{name} has no single width: leave width out, got {width}.")
+    same = [field for field in ("width", "stem_width") if getattr(model, field, None) == own]
+    return model.clone(**dict.fromkeys(same, width))

@@ -49,6 +49,7 @@ def test_flags_change_a_preset_wherever_they_stand():
 
 IMAGENET = {"dataset": "imagenet", "data": PATH}
 TWO_OF_FOUR = {"method": "ssam-f", "pattern": "n:m"}
+CARRIED = {"method": "sam", "carrier": "carried"}
 TWO_PROCESSES = {"processes": 2, "coordinator": "here:1234", "devices": 2}
 WRONG = [
     ({"epochs": 0}, "--epochs must be at least 1, got 0"),
@@ -96,6 +97,24 @@ WRONG = [
     ({**TWO_PROCESSES, "process_id": 2}, "--process-id must be below --processes, got 2 and 2"),
     ({**TWO_PROCESSES, "devices": 1}, "--devices counts those of all processes.* got 1 and 2"),
     ({"heartbeat": 0}, "--heartbeat must be at least 1, got 0"),
+    (
+        {"direction": "ema", "combine": "gsam"},
+        "--direction, --combine needs a perturbation, but --method plain",
+    ),
+    ({"method": "sam", "direction": "momentum"}, "--direction momentum reads the base optimizer"),
+    ({**CARRIED, "direction": "momentum", "tail_epochs": 1}, "without --tail-epochs"),
+    ({**CARRIED, "direction": "momentum", "momentum": 0.0}, "--direction momentum needs --momentum above 0"),
+    ({"method": "sam", "tail_epochs": 1}, "--tail-epochs is for --carrier carried"),
+    ({**CARRIED, "combine": "gsam"}, "--carrier carried has one gradient a step"),
+    ({**CARRIED, "ascent_every": 2}, "--carrier carried perturbs all the time"),
+    ({"method": "sam", "combine": "looksam", "ascent_gate": True}, "--combine looksam must know which steps"),
+    ({"method": "sam", "direction": "layerwise", "ascent_gate": True}, "layerwise has a radius of its own"),
+    (
+        {"method": "ssam-fixed", "perturb": "head", "normalize": "masked", "combine": "gsam"},
+        "--combine gsam needs the complete gradient",
+    ),
+    ({"ascent_chance": 0.0}, "--ascent-chance must be above 0 and at most 1, got 0"),
+    ({"direction_decay": 1.0}, "--direction-decay must be from 0 to below 1, got 1"),
     ({"fsdp": True}, "--fsdp splits parameters over --devices, which are 1"),
 ]
 

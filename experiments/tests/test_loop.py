@@ -10,17 +10,19 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
-from tiny import assert_same
+from tiny import assert_close, assert_same
 from tqdm import tqdm
 
 import ssam_jax
 from ssam_experiments import compare, train
 from ssam_experiments.config import Config
-from ssam_experiments.running import loop, preparation
+from ssam_experiments.running import layerwise, loop, preparation
 from ssam_experiments.running.metrics import read_rows
 from ssam_experiments.running.stopping import Stop, Stopped
 
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("relaxed_promotion", "quick_compilation")
 
 SMALL = Config(model="mlp", limit=64, batch=16, epochs=2, fisher_samples=8, evaluate_every=2)
 TWO_OF_FOUR = {"method": "ssam-f", "pattern": "n:m"}
+CARRIED = {"method": "sam", "carrier": "carried"}
 METHODS = {
     "plain, adamw": {"optimizer": "adamw", "lr": 1e-3},
     "sam, adam": {"method": "sam", "optimizer": "adam", "lr": 1e-3, "adaptive": True},
@@ -43,6 +46,16 @@ METHODS = {
     "ssam-f, 2:4, implicit": {**TWO_OF_FOUR, "form": "implicit"},
     "ssam-d": {"method": "ssam-d", "grow": "gradient", "drop": "weight"},
     "ssam-d, channels": {"method": "ssam-d", "pattern": "structured", "unit": "channel"},
+    "carried, ssam-f, a tail": {"method": "ssam-f", "carrier": "carried", "tail_epochs": 1},
+    "msam, adamw": {**CARRIED, "direction": "against-momentum", "optimizer": "adamw", "lr": 1e-3},
+    "looksam, friendly, at random": {
+        "method": "sam",
+        "combine": "looksam",
+        "direction": "friendly",
+        "ascent_chance": 0.5,
+    },
+    "ae-sam, two steps": {"method": "sam", "ascent_gate": True, "ascent_steps": 2},
+    "layerwise, gsam": {"method": "sam", "direction": "layerwise", "combine": "gsam", "rho": 0.01},
     "the head alone": {"method": "ssam-fixed", "perturb": "^head/", "normalize": "masked"},
 }
 
@@ -69,6 +82,46 @@ def test_every_method_trains(tmp_path, name):
     if config.method.startswith("ssam"):
         assert 0 < rows[-1]["density"] <= 1
     assert rows == read_rows(config.out / "metrics.jsonl")
+
+
+def test_a_carried_run_that_is_a_tail_from_the_start_is_sam(tmp_path):
+    _, carried, _ = trained(tmp_path / "carried", **CARRIED, tail_epochs=2)
+    _, sam, _ = trained(tmp_path / "sam", method="sam")
+    assert_close(carried.eval_params, sam.params)
+    assert_close(carried.params, sam.params)
+
+
+def test_a_carried_run_is_measured_at_the_parameters_it_does_not_hold(tmp_path):
+    config, state, rows = trained(tmp_path, **CARRIED, rho=0.5)
+    feed, programs = preparation.prepare(config)
+    distance = optax.tree.norm(jax.tree.map(jnp.subtract, state.params, state.eval_params))
+    assert float(distance) == pytest.approx(0.5, rel=1e-3)
+    elsewhere = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
+    assert loop.evaluate(config, feed, programs, elsewhere)["test_loss"] == rows[-1]["test_loss"]
+    examples = feed.examples(0, 0, 32)
+    assert_same(*(programs.rise(s, *examples, np.float32(0.1)) for s in (state, elsewhere)))
+
+
+def test_checkpoints_are_as_many_epochs_apart_as_asked_and_the_last_epoch_has_one():
+    config = dataclasses.replace(SMALL, epochs=7, checkpoint_epochs=3)
+    assert [epoch for epoch in range(7) if loop.saves(config, epoch)] == [2, 5, 6]
+    assert all(loop.saves(SMALL, epoch) for epoch in range(2))
+
+
+def test_steps_ascend_by_chance_as_often_as_asked_and_the_same_in_a_resumed_run():
+    config = dataclasses.replace(SMALL, method="sam", ascent_chance=0.25)
+    drawn = [loop.ascends(config, 0, step) for step in range(400)]
+    assert 70 < sum(drawn) < 130 and drawn[100:] == [loop.ascends(config, 0, i) for i in range(100, 400)]
+    assert drawn != [loop.ascends(dataclasses.replace(config, seed=1), 0, step) for step in range(400)]
+
+
+def test_a_layerwise_perturbation_gives_each_tensor_a_length_of_its_own():
+    params = {"kernel": jnp.ones((3, 3, 2, 8)), "scale": jnp.ones(16)}
+    tx, points = ssam_jax.ssam(layerwise.radius(0.5), direction=layerwise.direction()), []
+    grads = {"kernel": jnp.full((3, 3, 2, 8), 7.0), "scale": jnp.full(16, 0.01)}
+    tx.update(grads, tx.init(params), params, grad_fn=lambda point, i: points.append(point) or grads)
+    eps = jax.tree.map(lambda p, w: float(jnp.linalg.norm((p - w).ravel())), points[0], params)
+    assert eps == pytest.approx({"kernel": 0.5 * (8 / 18) ** 0.5, "scale": 0.5 * 4}, rel=1e-4)
 
 
 def test_seeds_and_radii_share_what_is_compiled(tmp_path):

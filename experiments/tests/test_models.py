@@ -369,12 +369,21 @@ def test_the_implicit_form_follows_every_mask_to_its_product(name, dtype):
 # Errors
 
 
+def test_a_width_replaces_that_of_the_first_stage_and_of_a_stem_as_wide():
+    widths = {
+        name: models.make_model(name, classes=10, stem="cifar", width=8) for name in ("resnet6", "wrn28-10")
+    }
+    assert [(model.width, model.stem_width) for model in widths.values()] == [(8, 8), (8, 16)]
+    assert models.make_model("vit-tiny", classes=10, stem="cifar", width=32).width == 32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"name": "resnet19"}, "name must be one of mlp, resnet6, resnet8, .*, vit-s, got 'resnet19'"),
         ({"stem": "mnist"}, "stem must be one of cifar, imagenet, got 'mnist'"),
         ({"classes": 0}, "classes must be at least 1, got 0"),
+        ({"name": "vgg11-bn", "width": 8}, "vgg11-bn has no single width: leave width out, got 8"),
     ],
 )
 def test_an_unknown_model_is_refused(options, message):

@@ -113,6 +113,34 @@ def test_layers_are_chosen_alike_on_one_device_and_on_four():
     assert found[0][1] == found[1][1]
 
 
+def test_adapters_are_tuned_and_what_is_forgotten_is_printed():
+    printed = run("fine_tuning", "--steps", "5", "--seeds", "1", "--rhos", "0", "0.1")
+    rows = re.findall(
+        r"^\| (\S+) \| ([\d.]+) ± 0.0 \| ([\d.]+) ± 0.0 \| ([\d.]+) ± 0.0 \|$", printed, flags=re.M
+    )
+    assert [row[0] for row in rows] == ["0", "0.1"]
+    assert all(float(before) > 90 and float(after) > 50 for _, _, before, after in rows)
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
+def test_fine_tuning_changes_adapters_alone_and_sam_perturbs_no_others(monkeypatch):
+    example = runpy.run_path(str(EXAMPLES["fine_tuning"]))
+    given, ssam = {}, ssam_jax.ssam
+    monkeypatch.setattr(
+        ssam_jax, "ssam", lambda *args, **kwargs: given.setdefault("tx", ssam(*args, **kwargs))
+    )
+    params = example["init_params"](jax.random.key(0), 2)
+    data = example["load_data"](True, 0.4, 0)
+    config = example["Config"](steps=2)
+    tuned = example["train"](config, params, data, True, 0.1, 0)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), params, tuned)
+    for layer in moved.values():
+        assert not layer["kernel"] and not layer["bias"] and layer["adapter"]["up"]
+    mask = ssam_jax.get_mask(given["tx"].init(params))
+    assert [set(map(bool, jax.tree.leaves(layer["adapter"]))) for layer in mask.values()] == [{True}] * 3
+    assert not any(bool(layer[name]) for layer in mask.values() for name in ("kernel", "bias"))
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -121,10 +149,12 @@ def test_layers_are_chosen_alike_on_one_device_and_on_four():
         ("digits", {"noise": 1.5}, "noise must be from 0 to 1, got 1.5"),
         ("m_sharpness", {"devices": 0}, "epochs and devices must be at least 1, got 20 and 0"),
         ("m_sharpness", {"batch": 60}, "batch must be a multiple of devices, 8, got 60"),
+        ("fine_tuning", {"seeds": 0}, "steps, rank and seeds must be at least 1, got .3000, 16, 0."),
+        ("fine_tuning", {"noise": 1.5}, "noise must be from 0 to 1, got 1.5"),
         ("language_model", {"batch": 12}, "batch must be a multiple of 8, got 12"),
         ("language_model", {"width": 30}, "width must be a multiple of 4, got 30"),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_a_bad_setting_is_refused_in_a_sentence(name, changes, message):
     example = runpy.run_path(str(EXAMPLES[name]))

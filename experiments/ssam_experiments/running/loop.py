@@ -130,7 +130,8 @@ def train(config: Config, stop: Stop | None = None) -> tuple[Any, list[dict[str,
                 tracker.write(row)
                 if bar.disable and first:
                     print(describe(config, row), flush=True)
-                save(at)
+                if saves(config, epoch):
+                    save(at)
     return at.state, tracker.rows
 
 
@@ -249,9 +250,24 @@ def evaluate(
     return found
 
 
+def saves(config: Config, epoch: int) -> bool:
+    """Return whether a checkpoint is written at the end of an epoch, counted from 0."""
+    return (epoch + 1) % config.checkpoint_epochs == 0 or epoch + 1 == config.epochs
+
+
 def ascends(config: Config, epoch: int, step: int) -> bool:
-    """Return whether a step perturbs: decided between compiled steps."""
-    return config.method != "plain" and epoch >= config.ascent_from and step % config.ascent_every == 0
+    """Return whether a step takes two gradients: decided between compiled steps."""
+    if config.method == "plain":
+        return False
+    if config.carrier == "carried":
+        return epoch >= config.epochs - config.tail_epochs
+    due = epoch >= config.ascent_from and step % config.ascent_every == 0
+    return due and (config.ascent_chance == 1 or _drawn(config, step))
+
+
+def _drawn(config: Config, step: int) -> bool:
+    """Return whether a step is drawn to perturb, by the seed and the number of the step alone."""
+    return np.random.default_rng((config.seed, step)).random() < config.ascent_chance
 
 
 def perturbed_leaves(config: Config, state: Any) -> Any:

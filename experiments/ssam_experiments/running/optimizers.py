@@ -1,6 +1,7 @@
 """The optimizers of a run: mask rules, schedules, and the chain they go into."""
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,8 @@ import optax
 
 import ssam_jax
 from ssam_experiments.config import Config
+from ssam_experiments.running import layerwise
+from ssam_jax import directions, radii
 
 
 class Chosen(NamedTuple):
@@ -61,6 +64,40 @@ def make_rule(config: Config, steps_per_epoch: int, seed: Any) -> ssam_jax.MaskR
     return None
 
 
+def make_direction(config: Config, seed: Any) -> optax.GradientTransformation | None:
+    """Return which way is up, None for the gradient."""
+    makers: dict[str, Callable[[], optax.GradientTransformation | None]] = {
+        "gradient": lambda: None,
+        "momentum": directions.base_momentum,
+        "against-momentum": lambda: optax.chain(directions.base_momentum(), optax.scale(-1.0)),
+        "ema": lambda: optax.ema(config.direction_decay, debias=False),
+        "friendly": lambda: directions.friendly(decay=config.direction_decay),
+        "zscore": lambda: directions.zscore(1.0),
+        "sign": optax.scale_by_sign,
+        "noise": lambda: directions.noise(seed),
+        "layerwise": layerwise.direction,
+    }
+    return makers[config.direction]()
+
+
+def make_combine(config: Config) -> ssam_jax.Combine | None:
+    """Return what a step makes of its two gradients, None for the perturbed one."""
+    if config.combine == "perturbed":
+        return None
+    made = getattr(ssam_jax.combine, config.combine)(config.combine_weight)
+    # Steps without ascent have no grad_fn, and rho, which is traced here, is above 0.
+    return made._replace(needs_skips=False)
+
+
+def make_radius(config: Config, steps_per_epoch: int, rho: Any) -> Any:
+    """Return the radius of the steps that perturb."""
+    if config.direction == "layerwise":
+        return layerwise.radius(rho)
+    if config.ascent_gate:
+        return radii.adaptive_gate(rho, config.epochs * steps_per_epoch)
+    return rho
+
+
 def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """Return the learning rate's schedule, as a factor from 0 to 1."""
     steps, warmup = config.epochs * steps_per_epoch, round(config.warmup * steps_per_epoch)
@@ -77,9 +114,17 @@ def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: Config, steps_per_epoch: int, chosen: Chosen, seed: Any
+    config: Config, steps_per_epoch: int, chosen: Chosen, seed: Any, *, tail: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the base optimizer with, unless the method is plain, `ssam` in front."""
+    """Return the base optimizer with, unless the method is plain, `ssam` in front or `carried` around it.
+
+    Args:
+      config: the settings.
+      steps_per_epoch: steps in an epoch.
+      chosen: what is tuned.
+      seed: of the first mask and of noise; it may be traced.
+      tail: return what takes the steps of the last epochs of a carried run.
+    """
     schedule = make_schedule(config, steps_per_epoch)
 
     def lr(count: jax.Array) -> Any:
@@ -95,6 +140,16 @@ def make_optimizer(
     }[config.optimizer]()
     if config.method == "plain":
         return optax.chain(*base)
-    rule = make_rule(config, steps_per_epoch, seed)
-    ssam = ssam_jax.ssam(chosen.rho, rule, normalize=config.normalize, adaptive=config.adaptive)
-    return optax.chain(ssam, *base)
+    factors = {
+        "mask": make_rule(config, steps_per_epoch, seed),
+        "direction": make_direction(config, seed),
+        "normalize": config.normalize,
+        "adaptive": config.adaptive,
+    }
+    radius = make_radius(config, steps_per_epoch, chosen.rho)
+    if config.carrier == "carried" and not tail:
+        return ssam_jax.carried(optax.chain(*base), radius, **factors)
+    ascent = {"combine": make_combine(config), "ascent_steps": config.ascent_steps}
+    ssam = ssam_jax.ssam(radius, **ascent, **factors)
+    # In a tail the base optimizer is one link, as it is in `carried`: its state stays as it is.
+    return optax.chain(ssam, optax.chain(*base)) if tail else optax.chain(ssam, *base)

@@ -28,6 +28,7 @@ IRRELEVANT: dict[str, Any] = {  # settings that do not change the course of a ru
     "out": pathlib.Path(),
     "preset": "none",
     "workers": 1,
+    "checkpoint_epochs": 1,
     "checkpoint_every": None,
     "resume_from": None,
     "evaluate_every": 1,
@@ -87,8 +88,14 @@ def _prepare(config: Config, workers: int) -> Prepared:
         classes=feed.classes,
         stem="imagenet" if config.dataset == "imagenet" else "cifar",
         dtype=jnp.dtype(config.precision),
+        width=config.width,
     )
     return Prepared(feed, make_programs(config, model, feed))
+
+
+def forget() -> None:
+    """Let go of what `prepare` keeps for like runs: data and compiled functions."""
+    _prepare.cache_clear()
 
 
 @functools.cache

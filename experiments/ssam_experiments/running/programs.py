@@ -55,6 +55,18 @@ def augmentation_key(state: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(state.dropout_key, 2**31 - 1), state.step)
 
 
+def uncarried(state: Any) -> Any:
+    """Return the state of a carried run as one of `ssam` in front of the same base optimizer, at ``w``."""
+    at = state.opt_state
+    return state.replace(params=at.center, opt_state=(at.ssam, at.opt_state))
+
+
+def carried_at_rest(state: Any) -> Any:
+    """Return the state of `uncarried` as that of a carried run again, with nothing added to ``w``."""
+    center = jax.tree.map(jnp.copy, state.params)  # of its own: parameters and state are donated together
+    return state.replace(opt_state=ssam_jax.CarriedState(center, *state.opt_state))
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Return the loss of each example, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -103,13 +115,18 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
 
     def step(state: Any, totals: Totals, chosen: Chosen, source: Any, *, ascent: bool, active: Any) -> Any:
         images, labels = feed.fetch(augmentation_key(state), source)
-        state = state.replace(tx=make_optimizer(config, feed.steps_per_epoch, chosen, 0))
+        tail = ascent and config.carrier == "carried"
+        state = state.replace(tx=make_optimizer(config, feed.steps_per_epoch, chosen, 0, tail=tail))
+        if tail:
+            state = uncarried(state)
         if ascent:
             found, labels = passes(state, images, labels, active)
         else:
             found = state.value_and_grad(loss_fn, spread(images), spread(labels))
             found = found._replace(grad_fn=None)
         state = state.apply_gradients(grads=found.grads, grad_fn=found.grad_fn, batch_stats=found.batch_stats)
+        if tail:
+            state = carried_at_rest(state)
         state = state.replace(tx=at_rest)
         seen = jnp.float32(len(labels))
         right = jnp.sum(jnp.argmax(found.aux, -1) == labels, dtype=jnp.float32)
@@ -128,13 +145,13 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
             return cross_entropy(apply_at_rest(params, state, image[None]), label[None])[0]
 
         scores = ssam_jax.empirical_fisher(
-            one_loss, state.params, (images, labels), chunk_size=min(FISHER_CHUNK, len(labels))
+            one_loss, state.eval_params, (images, labels), chunk_size=min(FISHER_CHUNK, len(labels))
         )
         mask = make_pattern(config)(scores)
         return state.replace(opt_state=ssam_jax.set_mask(state.opt_state, mask))
 
     def evaluate(state: Any, images: jax.Array, labels: jax.Array, weights: jax.Array) -> Totals:
-        logits = apply_at_rest(state.params, state, spread(images))
+        logits = apply_at_rest(state.eval_params, state, spread(images))
         right = jnp.argmax(logits, -1) == labels
         loss = jnp.where(weights > 0, cross_entropy(logits, labels), 0)
         return Totals(
@@ -151,9 +168,10 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
             batches = jax.tree.map(lambda x: x[:rows].reshape(-1, size, *x.shape[1:]), (images, labels))
             return jax.lax.scan(jax.checkpoint(one), jnp.float32(0), batches)[0] / (rows // size)
 
-        here, grads = jax.value_and_grad(loss)(state.params)
+        params = state.eval_params
+        here, grads = jax.value_and_grad(loss)(params)
         scale = rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
-        return here, loss(jax.tree.map(lambda p, g: p + scale * g, state.params, grads))
+        return here, loss(jax.tree.map(lambda p, g: p + scale * g, params, grads))
 
     # Whatever is passed on lies where it is expected, or the next call would be compiled anew.
     whole = placement.replicated(config.devices)

@@ -195,10 +195,10 @@ def abstract(params):
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
 
 
-def test_drawing_the_first_mask_moves_scalars_alone_and_makes_nothing_whole():
+def test_drawing_the_first_mask_moves_nothing_and_makes_nothing_whole():
     tx, params = ssam_jax.ssam(0.1, RULES["fisher", "global"](0)), sharded(PARAMS, "8")
     program = jax.jit(tx.init).lower(abstract(params)).compile()
-    assert max(size for _, size in hlo.communicated(program.as_text())) <= SMALL
+    assert not hlo.communicated(program.as_text())
     assert max(hlo.element_counts(program.as_text())) <= len(PARAMS) * max(SHARD, rows.WIDTH)
     for tree in (program.output_shardings.mask.bits, program.output_shardings.mask.memory):
         assert all(s.is_equivalent_to(params[name].sharding, params[name].ndim) for name, s in tree.items())

@@ -2,6 +2,7 @@
 
 import functools
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import tiny
 
 import ssam_jax
 from ssam_jax import NM, Structured, Unstructured
-from ssam_jax.masks import packing, shards
+from ssam_jax.masks import drawing, packing, shards
 
 SHAPES = {
     "bias": (10,),
@@ -46,7 +47,7 @@ CASES = [
 CASES += [(rule, "global", False) for rule in ("fisher", "random", "dynamic")]
 
 
-def run(rule, steps=4):
+def run(rule, steps=2):
     """Return the states of some steps, jitted anew."""
     generator = np.random.default_rng(0)
     params = {name: jnp.asarray(generator.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
@@ -55,7 +56,7 @@ def run(rule, steps=4):
         name: jnp.asarray(generator.integers(0, 4, shape), jnp.float32) for name, shape in SHAPES.items()
     }
     tx = optax.chain(ssam_jax.ssam(0.1, rule), optax.sgd(0.1))
-    jax.clear_caches()
+    drawing._draw.clear_cache()  # which is by pattern; what a step compiles is by rule, and made anew
 
     @jax.jit
     def step(params, state):
@@ -75,10 +76,10 @@ def run(rule, steps=4):
 
 @pytest.mark.parametrize(("rule", "pattern", "packed"), CASES)
 def test_masks_and_churn_are_those_of_several_devices(rule, pattern, packed, monkeypatch):
-    made = RULES[rule](PATTERNS[pattern], packed=packed)
-    several = run(made)
+    several = run(RULES[rule](PATTERNS[pattern], packed=packed))
     monkeypatch.setattr(shards, "single", lambda: True)
-    alone = run(made)
+    alone = run(RULES[rule](PATTERNS[pattern], packed=packed))
+    drawing._draw.clear_cache()
     for a, b in zip(several, alone):
         tiny.assert_same(a[0].mask.bits, b[0].mask.bits)
         np.testing.assert_allclose(a[0].mask.churn, b[0].mask.churn, rtol=1e-6)
@@ -98,3 +99,32 @@ def test_churn_of_rows_is_exact_up_to_a_full_row():
     found = packing.churn_of_rows(packing.pack_rows(jnp.asarray(old)), packing.pack_rows(jnp.asarray(new)))
     assert float(found) == np.float32(1024 / 1536)
     assert float(packing.churn_of_rows(*[packing.pack_rows(jnp.asarray(old[:1]))] * 2)) == 0
+
+
+# Cost.
+
+
+def kernels(mask, count):
+    """Return the fusions of a compiled step, with this mask, of so many leaves."""
+    params = {
+        f"leaf{i}": jax.ShapeDtypeStruct((16, 16 + i, 64 * (1 + i % 2)), jnp.float32) for i in range(count)
+    }
+    tx = optax.chain(ssam_jax.ssam(0.1, mask), optax.sgd(0.1, momentum=0.9))
+
+    def step(params, state):
+        def grad_fn(params, i):
+            return jax.grad(lambda p: sum(jnp.sum(jnp.square(x)) for x in p.values()))(params)
+
+        return tx.update(grad_fn(params, 0), state, params, grad_fn=grad_fn)
+
+    text = jax.jit(step).lower(params, jax.eval_shape(tx.init, params)).compile().as_text()
+    return len(hlo.operations(text, "fusion"))
+
+
+@pytest.mark.parametrize("pattern", ["global", "2:4"])
+@pytest.mark.parametrize("rule", ["fisher", "random"])
+def test_a_mask_adds_two_kernels_a_leaf_at_most(rule, pattern, monkeypatch):
+    monkeypatch.setattr(shards, "single", lambda: True)
+    made = RULES[rule](PATTERNS[pattern])
+    growth = [kernels(mask, 8) - kernels(mask, 4) for mask in (made, None)]
+    assert growth[0] - growth[1] <= 2 * 4

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ssam_jax._base import checks, trees
-from ssam_jax.masks import packing
 from ssam_jax.masks.fitting import check_bools, check_pattern
-from ssam_jax.masks.patterns import CompiledPattern, Pattern
+from ssam_jax.masks.patterns import Pattern, Unstructured
 from ssam_jax.masks.rule import MaskRule, OnBits
 from ssam_jax.typing import Mask, Params, PyTree
 
@@ -68,19 +67,12 @@ def random_mask(
         del memory, mask, step
         return pattern.random(key, params)
 
-    if not isinstance(pattern, CompiledPattern):
-        return MaskRule(select=select, refresh_every=refresh_every, seed=seed, packed=packed, first=pattern)
-
-    def bits(
-        memory: PyTree, bits: Mask, params: Params, key: jax.Array, step: jax.Array
-    ) -> tuple[Mask, jax.Array]:
-        del memory, step
-        new = packing.pack_like(pattern.random_bits(key, params, packed=packed), bits)
-        return new, packing.churn(bits, new)
-
-    return MaskRule(
-        select=OnBits(select, bits), refresh_every=refresh_every, seed=seed, packed=packed, first=pattern
+    selects = (
+        OnBits(select, lambda memory, bits, params, key, step: pattern.drawn_bits(key, params, bits))
+        if isinstance(pattern, Unstructured)
+        else select
     )
+    return MaskRule(select=selects, refresh_every=refresh_every, seed=seed, packed=packed, first=pattern)
 
 
 def _check_choice(choice: Mask | Callable[[str], bool]) -> None:

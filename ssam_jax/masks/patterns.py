@@ -139,6 +139,12 @@ class Unstructured(UnitPattern):
     def units_of(self, shape: tuple[int, ...]) -> Units:
         return Units(shape, (1,) * len(shape), shape)
 
+    def drawn_bits(self, key: jax.Array, params: Params, bits: Mask) -> tuple[Mask, jax.Array]:
+        """Return a random mask, packed as another one is, and its churn; on a single device."""
+        old = jax.tree.leaves(bits)
+        new, churn = units.drawn_entries(key, old, self.units(params), self.sparsity, shared=self.shared)
+        return jax.tree.unflatten(jax.tree.structure(bits), new), churn
+
     def largest_bits(self, scores: Scores, bits: Mask) -> tuple[Mask, jax.Array]:
         """Return the mask that keeps the largest scores, packed as another one is, and its churn.
 

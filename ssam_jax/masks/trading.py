@@ -100,7 +100,7 @@ def traded_bits(
         fraction,
         shared=pattern.shared,
     )
-    new, churn = units.packed_like(rows, chosen, keys, each, old, words)
+    new, churn = units.packed_like(rows, chosen, keys, old, words)
     return jax.tree.unflatten(treedef, new), churn
 
 

@@ -84,7 +84,7 @@ def best_entries(
     rows = entries(units)
     keys = keys_of(rows, leaves)
     chosen = selection.largest(rows, keys, _accounts(units, sparsity, shared=shared))
-    return packed_like(rows, chosen, keys, units, old, rows.joined_words(packing.unpack_but_rows(old)))
+    return packed_like(rows, chosen, keys, old, rows.joined_words(packing.unpack_but_rows(old)))
 
 
 def entries(units: list[Units]) -> Rows:
@@ -93,16 +93,14 @@ def entries(units: list[Units]) -> Rows:
 
 
 def packed_like(
-    rows: Rows,
-    chosen: jax.Array,
-    keys: jax.Array,
-    units: list[Units],
-    old: list[jax.Array],
-    old_words: jax.Array,
+    rows: Rows, chosen: jax.Array, numbers: jax.Array, old: list[jax.Array], old_words: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Return masks of the entries chosen, packed as the old ones, and the churn."""
+    """Return masks of the entries chosen, packed as the old ones, and the churn.
+
+    ``numbers`` are any integers that the compiler does not know.
+    """
     words = packing.pack_rows(chosen)
-    new = rows.parted(chosen, unknown(keys), words, list(map(packing.packed_along_rows, old)))
+    new = rows.parted(chosen, unknown(numbers), words, list(map(packing.packed_along_rows, old)))
     return packing.pack_like(new, old), packing.churn_of_rows(old_words, words)
 
 
@@ -130,17 +128,39 @@ def drawn(
     def local(here: Here, leaves: list[jax.Array], key_data: jax.Array) -> list[jax.Array]:
         del leaves
         rows = Rows(here, [part.coarser(u.tiles) for part, u in zip(here.outputs, units)])
-        sizes = _sizes(units, shared=shared)
-        if all(u.size == 1 for u in units) and max(sizes) <= shuffling.LARGEST:
-            kept = [round((1 - sparsity) * size) for size in sizes]
-            chosen, _ = computed_once(shuffling.first(rows, key_data, kept, shared=shared), key_data)
-            return expanded(rows, chosen, key_data, units, packed=packed)
-        keys = random_keys(rows, key_data)
-        chosen = selection.largest(rows, keys, _accounts(units, sparsity, shared=shared))
-        return expanded(rows, chosen, keys, units, packed=packed)
+        chosen, numbers = _drawn(rows, units, sparsity, key_data, shared=shared)
+        return expanded(rows, chosen, numbers, units, packed=packed)
 
     outputs = [Lie(u.mask, None, u.tiles) for u in units]
     return by_part(local, [], [], outputs, jax.random.key_data(key))
+
+
+def drawn_entries(
+    key: jax.Array, old: list[jax.Array], units: list[Units], sparsity: float, *, shared: bool
+) -> tuple[list[jax.Array], jax.Array]:
+    """Return what `drawn` does where units are entries, packed as an old mask is; and the churn.
+
+    On a single device, where it takes fewer kernels.
+    """
+    if nothing(units):
+        return old, jnp.zeros((), jnp.float32)
+    check_countable(units)
+    rows = entries(units)
+    chosen, numbers = _drawn(rows, units, sparsity, jax.random.key_data(key), shared=shared)
+    return packed_like(rows, chosen, numbers, old, rows.joined_words(packing.unpack_but_rows(old)))
+
+
+def _drawn(
+    rows: Rows, units: list[Units], sparsity: float, key_data: jax.Array, *, shared: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Return rows of the units drawn, and integers that the compiler does not know."""
+    sizes = _sizes(units, shared=shared)
+    if all(u.size == 1 for u in units) and max(sizes) <= shuffling.LARGEST:
+        kept = [round((1 - sparsity) * size) for size in sizes]
+        chosen, _ = computed_once(shuffling.first(rows, key_data, kept, shared=shared), key_data)
+        return chosen, key_data
+    keys = random_keys(rows, key_data)
+    return selection.largest(rows, keys, _accounts(units, sparsity, shared=shared)), keys
 
 
 def nothing(units: Sequence[Units]) -> bool:

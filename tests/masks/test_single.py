@@ -117,12 +117,17 @@ def kernels(mask, count):
 
         return tx.update(grad_fn(params, 0), state, params, grad_fn=grad_fn)
 
-    text = jax.jit(step).lower(params, jax.eval_shape(tx.init, params)).compile().as_text()
+    lowered = jax.jit(step).lower(params, jax.eval_shape(tx.init, params))
+    options = {
+        "xla_cpu_use_fusion_emitters": True,
+        "xla_backend_optimization_level": 3,
+    }  # as outside of tests
+    text = lowered.compile(options).as_text()
     return len(hlo.operations(text, "fusion"))
 
 
-@pytest.mark.parametrize("pattern", ["global", "2:4"])
-@pytest.mark.parametrize("rule", ["fisher", "random"])
+@pytest.mark.parametrize("pattern", ["global", "leaf"])
+@pytest.mark.parametrize("rule", ["fisher", "random", "dynamic"])
 def test_a_mask_adds_two_kernels_a_leaf_at_most(rule, pattern, monkeypatch):
     monkeypatch.setattr(shards, "single", lambda: True)
     made = RULES[rule](PATTERNS[pattern])

@@ -350,4 +350,5 @@ def make_model(
     if own is None:
         raise ValueError(f"{name} has no single width: leave width out, got {width}.")
     same = [field for field in ("width", "stem_width") if getattr(model, field, None) == own]
-    return model.clone(**dict.fromkeys(same, width))
+    changes: dict[str, Any] = dict.fromkeys(same, width)
+    return model.clone(**changes)

@@ -28,7 +28,8 @@ def parse(arguments: list[str]) -> Config:
     """Return the settings: those of ``--preset``, changed by the other flags."""
     names = [name for flag, name in itertools.pairwise(arguments) if flag == "--preset"]
     names += [flag.removeprefix("--preset=") for flag in arguments if flag.startswith("--preset=")]
-    return tyro.cli(Config, args=arguments, default=PRESETS.get(names[-1] if names else "none"))
+    none = PRESETS["none"]  # also for a name that does not exist: tyro refuses it
+    return tyro.cli(Config, args=arguments, default=PRESETS.get(names[-1], none) if names else none)
 
 
 def main(arguments: list[str]) -> None:

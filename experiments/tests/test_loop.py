@@ -23,7 +23,7 @@ import ssam_jax
 from ssam_experiments import compare, train
 from ssam_experiments.config import Config
 from ssam_experiments.running import layerwise, loop, preparation
-from ssam_experiments.running.metrics import read_rows
+from ssam_experiments.running.files import read_rows
 from ssam_experiments.running.stopping import Stop, Stopped
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion", "quick_compilation")

@@ -16,7 +16,7 @@ from tiny import assert_close, assert_same
 import ssam_jax
 from ssam_experiments.config import Config
 from ssam_experiments.running import checkpoints, integrity, loop, placement, processes
-from ssam_experiments.running.metrics import read_rows
+from ssam_experiments.running.files import read_rows
 
 TRAINED = Config(
     model="mlp", limit=64, batch=16, epochs=3, fisher_samples=8, method="ssam-f", evaluate_every=3

@@ -15,7 +15,7 @@ from ssam_experiments.results.spellings import SPELLINGS, spelling
 from ssam_experiments.results.study import DOCS, SETTINGS, Study, shared
 from ssam_experiments.results.tuning import Run, Task, identity, look, next_radius, next_run
 from ssam_experiments.running import loop
-from ssam_experiments.running.metrics import read_rows
+from ssam_experiments.running.files import read_rows
 
 STUDY = Study(data=pathlib.Path("/nowhere"))
 KEPT = dataclasses.replace(STUDY, out=DOCS / "results")

@@ -16,7 +16,7 @@ from ssam_experiments.results.running import train
 from ssam_experiments.results.study import Study
 from ssam_experiments.results.tuning import look, next_run
 from ssam_experiments.running import preparation
-from ssam_experiments.running.metrics import read_rows
+from ssam_experiments.running.files import read_rows
 
 
 def check(study: Study) -> None:

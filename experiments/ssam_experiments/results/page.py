@@ -12,7 +12,7 @@ import shutil
 from ssam_experiments.results import pictures, plan, tables, timing
 from ssam_experiments.results.study import Study
 from ssam_experiments.results.tuning import accuracies, look
-from ssam_experiments.running.metrics import read_rows, write_whole
+from ssam_experiments.running.files import read_rows, write_whole
 
 BLOCK = re.compile(r"(<!-- study: ([\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 PAGES = ("results.md", "guides/choosing.md")

@@ -22,10 +22,11 @@ def tasks(study: Study, stage: str, known: Known, times: dict[str, Any]) -> list
     if stage == "seeds":
         return [task for task in main_tasks(study) if task.seeds > study.seeds]
     if stage == "when-not":
+        changes: dict[str, dict[str, Any]] = {SGD: {}, SAM: {"radii": SMALL}}
         return [
-            Task(setting, name, make_rows(epochs(study, setting))[name]._replace(**radii), study.seeds)
+            Task(setting, name, make_rows(epochs(study, setting))[name]._replace(**changed), study.seeds)
             for setting in WHEN_NOT[1:]
-            for name, radii in ((SGD, {}), (SAM, {"radii": SMALL}))
+            for name, changed in changes.items()
         ]
     if stage == "equal-time":
         return equal_time(study, known, times)
@@ -104,9 +105,9 @@ def front(found: dict[str, Found], study: Study, times: dict[str, Any]) -> list[
     Only rows that are tuned and have the study's least number of seeds take part.
     """
     points = {
-        name: (ratio(study, name, times), mean(one))
+        name: (ratio(study, name, times), reached)
         for name, one in found.items()
-        if one.tuned and len(one.runs) >= study.seeds and mean(one) is not None
+        if one.tuned and len(one.runs) >= study.seeds and (reached := mean(one)) is not None
     }
     best: list[str] = []
     for name in sorted(points, key=lambda n: (points[n][0], -points[n][1])):

@@ -12,7 +12,7 @@ from ssam_experiments.config import Config
 from ssam_experiments.results.study import PRIVATE, Study, shared
 from ssam_experiments.results.tuning import Run, Task, identity
 from ssam_experiments.running import loop, preparation
-from ssam_experiments.running.metrics import read_rows, write_whole
+from ssam_experiments.running.files import read_rows, write_whole
 
 RHO_OF_NONE = 1.0  # what runs.jsonl has for a row without a radius
 
@@ -39,6 +39,7 @@ def settings(study: Study, task: Task, rho: float, seed: int) -> Config:
 def train(study: Study, task: Task, run: Run) -> dict[str, Any]:
     """Make a run, add its line to runs.jsonl, and return it."""
     config = settings(study, task, run.rho, run.seed)
+    result: dict[str, Any]
     began, worked = time.perf_counter(), time.process_time()
     try:
         state, rows = loop.train(config)

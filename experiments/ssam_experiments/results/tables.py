@@ -90,7 +90,8 @@ def when_not(study: Study, known: Known, times: dict[str, Any]) -> str:
     for setting in plan.WHEN_NOT:
         pair = {task.name: (task, look(study, task, known)) for task in tasks if task.setting == setting}
         (plain, a), (sam, b) = pair[SGD], pair[SAM]
-        gain = "" if mean(a) is None or mean(b) is None else f"{round(mean(b) - mean(a), 1) + 0.0:+.1f}"
+        before, after = mean(a), mean(b)
+        gain = "" if before is None or after is None else f"{round(after - before, 1) + 0.0:+.1f}"
         rows.append([TITLES[setting], accuracy(a, plain.seeds), accuracy(b, sam.seeds), rho(b), gain])
     return markdown(["", "SGD, % (seeds)", "SAM, % (seeds)", "rho", "gain"], rows)
 
@@ -130,7 +131,7 @@ def budgets(study: Study, known: Known, times: dict[str, Any]) -> str:
         affordable = [name for name, price in prices.items() if price <= budget]
         if not affordable:
             continue
-        best = max(affordable, key=lambda name: mean(found[name]))
+        best = max(affordable, key=lambda name: statistics.mean(accuracies(found[name])))
         if best == seen:
             continue
         seen = best

@@ -19,7 +19,7 @@ from ssam_experiments.results.running import settings
 from ssam_experiments.results.study import Study
 from ssam_experiments.results.tuning import Task
 from ssam_experiments.running import loop, preparation
-from ssam_experiments.running.metrics import write_whole
+from ssam_experiments.running.files import write_whole
 from ssam_experiments.running.optimizers import Chosen
 
 GROUP = 8  # rows that are timed in turn
@@ -74,7 +74,7 @@ def compiled_steps(study: Study, task: Task) -> list[Timed]:
         if share:
             active = loop.perturbed_leaves(config, state) if ascent else None
             args = (state, programs.no_totals(), chosen, source)
-            compiled = programs.step.lower(*args, ascent=ascent, active=active).compile()
+            compiled: Any = programs.step.lower(*args, ascent=ascent, active=active).compile()
             step = _repeated(compiled, programs.init(0), args[1:])
             flops, memory = _flops(compiled), compiled.memory_analysis()
             timed.append(Timed(step, share, flops, memory.temp_size_in_bytes))

@@ -162,7 +162,8 @@ def load(folder: pathlib.Path, data: pathlib.Path | None = None) -> tuple[Config
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no run: there is no {path}.")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in files.read_settings(path).items()}
+    read = files.read_settings(path)
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read.items()}
     if unknown := settings.keys() - {field.name for field in dataclasses.fields(Config)}:
         raise ValueError(
             f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}."

@@ -130,17 +130,18 @@ def make_optimizer(
     def lr(count: jax.Array) -> Any:
         return chosen.lr * schedule(count)
 
-    base = {
+    bases: dict[str, Callable[[], tuple[optax.GradientTransformation, ...]]] = {
         "sgd": lambda: (
             optax.add_decayed_weights(chosen.weight_decay),
             optax.sgd(lr, momentum=config.momentum),
         ),
         "adam": lambda: (optax.add_decayed_weights(chosen.weight_decay), optax.adam(lr)),
         "adamw": lambda: (optax.adamw(lr, weight_decay=chosen.weight_decay),),
-    }[config.optimizer]()
+    }
+    base = bases[config.optimizer]()
     if config.method == "plain":
         return optax.chain(*base)
-    factors = {
+    factors: dict[str, Any] = {
         "mask": make_rule(config, steps_per_epoch, seed),
         "direction": make_direction(config, seed),
         "normalize": config.normalize,
@@ -149,7 +150,7 @@ def make_optimizer(
     radius = make_radius(config, steps_per_epoch, chosen.rho)
     if config.carrier == "carried" and not tail:
         return ssam_jax.carried(optax.chain(*base), radius, **factors)
-    ascent = {"combine": make_combine(config), "ascent_steps": config.ascent_steps}
+    ascent: dict[str, Any] = {"combine": make_combine(config), "ascent_steps": config.ascent_steps}
     ssam = ssam_jax.ssam(radius, **ascent, **factors)
     # In a tail the base optimizer is one link, as it is in `carried`: its state stays as it is.
     return optax.chain(ssam, optax.chain(*base)) if tail else optax.chain(ssam, *base)

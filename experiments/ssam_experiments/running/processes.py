@@ -109,7 +109,9 @@ def together(work: Callable[[], Result], facts: Callable[[Result], str]) -> Resu
       Exception: what ``work`` raised here.
       ValueError: ``work`` raised anything in another process, or the facts differ.
     """
-    result, problem, words = None, None, np.zeros(2, np.uint32)
+    result: Result  # unset where there is a problem
+    problem: Exception | None = None
+    words = np.zeros(2, np.uint32)
     try:
         result = work()
         words = np.frombuffer(hashlib.sha256(facts(result).encode()).digest()[:8], np.uint32)

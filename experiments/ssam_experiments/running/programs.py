@@ -44,7 +44,7 @@ class Programs(NamedTuple):
 
     init: Callable[..., Any]
     no_totals: Callable[[], Totals]
-    step: Callable[..., Any]
+    step: jax.stages.Wrapped
     refresh: Callable[..., Any]
     evaluate: Callable[..., Totals]
     rise: Callable[..., Any]
@@ -88,7 +88,7 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
         key = jax.random.key(seed)
         variables = model.init(jax.random.fold_in(key, 0), jnp.zeros((1, *feed.image_shape)), train=False)
         check_paths(config, variables["params"])
-        state = ssam_jax.linen.TrainState.create(
+        state = ssam_jax.linen.TrainState.create(  # type: ignore[no-untyped-call]
             apply_fn=model.apply,
             params=variables["params"],
             tx=make_optimizer(config, feed.steps_per_epoch, untuned, seed),
@@ -136,7 +136,8 @@ def make_programs(config: Config, model: nn.Module, feed: Feed) -> Programs:
         variables = {"params": params}
         if state.batch_stats is not None:
             variables["batch_stats"] = state.batch_stats
-        return model.apply(variables, feed.prepare(images), train=False)
+        logits: Any = model.apply(variables, feed.prepare(images), train=False)  # flax's type is wider
+        return logits
 
     def refresh(state: Any, images: jax.Array, labels: jax.Array) -> Any:
         # Statistics are those at rest: a single example has none worth normalizing by.

@@ -86,7 +86,7 @@ class Run:
             time.sleep(rng.uniform(0, span))
             members[-1].send_signal(number)
             code = codes_of(members, PATIENCE if len(members) == 1 else HEARTBEAT + 60)[-1]
-        if code not in (0, -number if number == signal.SIGKILL else 128 + number):  # 0: it had ended
+        if code not in (0, -number, 128 + number):  # 0: it had ended
             raise LostError(f"{number.name} ends it with code {code}: {self.output[-500:]}")
 
 

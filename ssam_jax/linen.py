@@ -27,7 +27,7 @@ class Passes(NamedTuple):
       grads: the ascent gradient, shaped like the parameters.
       grad_fn: ``grad_fn(params, i)``, the gradient of the same batch elsewhere, with the same dropout.
       batch_stats: the new batch statistics, or None.
-      variables: the new collections of `TrainState.variables`, or None.
+      variables: the new collections of ``TrainState.variables``, or None.
     """
 
     value: jax.Array

@@ -17,7 +17,7 @@ from ssam_jax.typing import Gradients, Mask, Params, PyTree, Scalar, Schedule, S
 Criterion: TypeAlias = (
     Literal["gradient", "weight", "random"] | Callable[[Params, Gradients | None, Gradients], Scores]
 )
-"""By which score entries are dropped or grown: one of three, or a function of your own."""
+"""The score by which entries are dropped or grown, by name or as a function of your own."""
 
 
 def dynamic_mask(

@@ -1,13 +1,16 @@
 """What a checkpoint is not, it is not taken for: damage, another run's, another step's, NaN."""
 
+import contextlib
 import dataclasses
 import errno
 import gc
+import logging
 import os
 import pathlib
 import resource
 import shutil
 import struct
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -261,3 +264,19 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_costs_no_checkpoint(run, train
     assert not caplog.records  # of Orbax, with traces
     gc.collect()  # of what was writing the file, which complains as it goes
     assert_same(parameters(loop.train(run)[0]), parameters(trained[1]))
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_tasks_that_a_failed_save_leaves_behind_are_not_reported(fails, monkeypatch, caplog):
+    tasks = logging.getLogger("asyncio")
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    level = tasks.level
+    tasks.setLevel(logging.NOTSET)
+    try:
+        with contextlib.suppress(OSError), checkpoints._quiet():
+            if fails:
+                raise OSError(errno.ENOSPC, "full")
+        tasks.error("Task exception was never retrieved")
+        assert bool(caplog.records) is not fails
+    finally:
+        tasks.setLevel(level)

@@ -189,21 +189,24 @@ def _not_finite(at: Position) -> str | None:
 def _quiet() -> Iterator[None]:
     """Keep Orbax from printing the traces of exceptions that it raises as well.
 
-    If it raises one, threads that still write find its event loop closed, even after this is left.
+    If it raises one, threads that still write find its event loop closed, and tasks of the loop fail unasked
+    for, even after this is left.
     """
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
+    logger, tasks, hook = logging.getLogger("absl"), logging.getLogger("asyncio"), sys.unraisablehook
+    level, level_of_tasks = logger.level, tasks.level
 
     def ignore_closed_loops(what: Any) -> None:
         if str(what.exc_value) != "Event loop is closed":
             hook(what)
 
     logger.setLevel(logging.CRITICAL)
+    tasks.setLevel(logging.CRITICAL)
     sys.unraisablehook = ignore_closed_loops
     try:
         yield
     finally:
         logger.setLevel(level)
+    tasks.setLevel(level_of_tasks)
     sys.unraisablehook = hook
 
 

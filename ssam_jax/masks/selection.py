@@ -219,15 +219,28 @@ def _of_entries(
 
 def _weight_at_least(problem: _Problem, pivots: jax.Array) -> Count:
     """Return what the entries weigh that are at or above each pivot, of shape (accounts, classes, pivots)."""
-    rows, accounts = problem.rows, problem.accounts
-    by_row, weighted = _count_at_least(problem, pivots), any(weight != 1 for weight in accounts.weights)
-    if accounts.shared and not weighted and accounts.budget.high is None:
+    by_row, accounts = _count_at_least(problem, pivots), problem.accounts
+    return by_account(problem.rows, by_row, accounts.weights, accounts.budget, shared=accounts.shared)
+
+
+def by_account(rows: Rows, by_row: jax.Array, weights: list[int], kind: Count, *, shared: bool) -> Count:
+    """Add up counts of rows, int32 of shape (rows, ...), by account, as weights: of shape (accounts, ...).
+
+    Args:
+      rows: what the arrays are.
+      by_row: the counts.
+      weights: what one entry of each array weighs.
+      kind: a count of the kind to return.
+      shared: whether all arrays have one account.
+    """
+    weighted = any(weight != 1 for weight in weights)
+    if shared and not weighted and kind.high is None:
         return Count(None, rows.total(by_row)[None])
     found = rows.sums(by_row)
     if weighted:
-        found *= jnp.array(accounts.weights, jnp.int32)[:, None, None]
-    each = accounts.budget.like(found)
-    return each.total() if accounts.shared else each
+        found *= jnp.array(weights, jnp.int32).reshape(-1, *[1] * (found.ndim - 1))
+    each = kind.like(found)
+    return each.total() if shared else each
 
 
 def _count_at_least(problem: _Problem, pivots: jax.Array) -> jax.Array:

@@ -76,31 +76,20 @@ def traded_bits(
     fraction: jax.Array,
     key: jax.Array,
 ) -> tuple[Mask, jax.Array]:
-    """Return what `traded` does where units are entries, for a packed mask; and the churn.
-
-    On a single device, where it takes fewer kernels.
-    """
+    """Return what `traded` does where units are entries, as `units.refreshed` returns it."""
     old, treedef = jax.tree.flatten(bits)
-    each = pattern.units(params)
-    if units.nothing(each):
-        return bits, jnp.zeros((), jnp.float32)
-    units.check_countable(each)
-    rows = units.entries(each)
-    words = rows.joined_words(packing.unpack_but_rows(old))
-    found = [
-        None if x is None else units.keys_of(rows, jax.tree.leaves(x), sizes=True) for x in (to_keep, to_grow)
-    ]
-    keep, grow = found[0], found[0] if to_keep is to_grow else found[1]
-    chosen, keys = _chosen(
-        rows,
-        packing.unpack_rows(words),
-        keep,
-        grow,
-        jax.random.key_data(key),
-        fraction,
-        shared=pattern.shared,
-    )
-    new, churn = units.packed_like(rows, chosen, keys, old, words)
+    same, key_data = to_keep is to_grow, jax.random.key_data(key)
+
+    def keys_of(rows: Rows, scores: Scores | None) -> jax.Array | None:
+        return None if scores is None else units.keys_of(rows, jax.tree.leaves(scores), sizes=True)
+
+    def choose(rows: Rows, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keep = keys_of(rows, to_keep)
+        grow = keep if same else keys_of(rows, to_grow)
+        active = packing.unpack_rows(words)
+        return _chosen(rows, active, keep, grow, key_data, fraction, shared=pattern.shared)
+
+    new, churn = units.refreshed(old, pattern.units(params), choose)
     return jax.tree.unflatten(treedef, new), churn
 
 
@@ -140,15 +129,10 @@ def _accounts(rows: Rows, active: jax.Array, fraction: jax.Array, *, shared: boo
     """Return how many of both classes are kept: of the active those not dropped, of the others as many."""
     zero = Count.static(0, sum(rows.wholes))  # whose kind counts are of
     by_row = jnp.sum(rows.filled() & active, axis=1, dtype=jnp.int32)[:, None]
-    if shared and zero.high is None:
-        on = zero.like(rows.total(by_row)[None])
-    else:
-        on = zero.like(rows.sums(by_row))
-        on = on.total() if shared else on
+    weights = [1] * len(rows.wholes)
+    on = selection.by_account(rows, by_row, weights, zero, shared=shared).column(0)
     sizes = [sum(rows.wholes)] if shared else rows.wholes
-    on, every = on.column(0), Count.static(sizes, sum(rows.wholes))
-    off = every.minus(on)
+    off = Count.static(sizes, sum(rows.wholes)).minus(on)
     fraction = jnp.where(fraction > 0, jnp.minimum(fraction, 1), 0)  # NaN is not above 0
     moved = zero.rounded(fraction * on.as_float()).minimum(off)
-    weights = [1] * len(rows.wholes)
     return selection.Accounts(on.beside(off), weights, on.minus(moved).beside(moved), shared)

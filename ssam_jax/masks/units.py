@@ -1,7 +1,7 @@
 """Masks of units: how the entries of a leaf form units, and which of them are the best or are drawn."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -74,34 +74,40 @@ def best(leaves: list[jax.Array], units: list[Units], sparsity: float, *, shared
 def best_entries(
     leaves: list[jax.Array], old: list[jax.Array], units: list[Units], sparsity: float, *, shared: bool
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Return what `best` does where units are entries, packed as an old mask is; and the churn.
+    """Return what `best` does where units are entries, as `refreshed` returns it."""
 
-    On a single device, where it takes fewer kernels.
+    def choose(rows: Rows, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+        del words
+        keys = keys_of(rows, leaves)
+        return selection.largest(rows, keys, _accounts(units, sparsity, shared=shared)), keys
+
+    return refreshed(old, units, choose)
+
+
+def refreshed(
+    old: list[jax.Array],
+    units: list[Units],
+    choose: Callable[[Rows, jax.Array], tuple[jax.Array, jax.Array]],
+) -> tuple[list[jax.Array], jax.Array]:
+    """Return masks where units are entries, packed as the old ones are, and the churn.
+
+    On a single device, where it takes fewer kernels than masks of bools.
+
+    Args:
+      old: the masks, packed.
+      units: what the entries of each leaf form.
+      choose: given the rows of the leaves and the packed rows of the old masks, it returns rows of bool, of
+        the entries chosen, and any integers that the compiler does not know.
     """
     if nothing(units):
         return old, jnp.zeros((), jnp.float32)
     check_countable(units)
-    rows = entries(units)
-    keys = keys_of(rows, leaves)
-    chosen = selection.largest(rows, keys, _accounts(units, sparsity, shared=shared))
-    return packed_like(rows, chosen, keys, old, rows.joined_words(packing.unpack_but_rows(old)))
-
-
-def entries(units: list[Units]) -> Rows:
-    """Return the rows of leaves on a single device."""
-    return Rows(Here([], [], ()), [Part.of(u.whole, None) for u in units])
-
-
-def packed_like(
-    rows: Rows, chosen: jax.Array, numbers: jax.Array, old: list[jax.Array], old_words: jax.Array
-) -> tuple[list[jax.Array], jax.Array]:
-    """Return masks of the entries chosen, packed as the old ones, and the churn.
-
-    ``numbers`` are any integers that the compiler does not know.
-    """
-    words = packing.pack_rows(chosen)
-    new = rows.parted(chosen, unknown(numbers), words, list(map(packing.packed_along_rows, old)))
-    return packing.pack_like(new, old), packing.churn_of_rows(old_words, words)
+    rows = Rows(Here([], [], ()), [Part.of(u.whole, None) for u in units])
+    before = rows.joined_words(packing.unpack_but_rows(old))
+    chosen, numbers = choose(rows, before)
+    after = packing.pack_rows(chosen)
+    new = rows.parted(chosen, unknown(numbers), after, list(map(packing.packed_along_rows, old)))
+    return packing.pack_like(new, old), packing.churn_of_rows(before, after)
 
 
 def drawn(
@@ -138,16 +144,9 @@ def drawn(
 def drawn_entries(
     key: jax.Array, old: list[jax.Array], units: list[Units], sparsity: float, *, shared: bool
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Return what `drawn` does where units are entries, packed as an old mask is; and the churn.
-
-    On a single device, where it takes fewer kernels.
-    """
-    if nothing(units):
-        return old, jnp.zeros((), jnp.float32)
-    check_countable(units)
-    rows = entries(units)
-    chosen, numbers = _drawn(rows, units, sparsity, jax.random.key_data(key), shared=shared)
-    return packed_like(rows, chosen, numbers, old, rows.joined_words(packing.unpack_but_rows(old)))
+    """Return what `drawn` does where units are entries, as `refreshed` returns it."""
+    key_data = jax.random.key_data(key)
+    return refreshed(old, units, lambda rows, words: _drawn(rows, units, sparsity, key_data, shared=shared))
 
 
 def _drawn(
